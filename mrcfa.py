@@ -1,0 +1,309 @@
+"""MRCFA: Mining Relations among Cross-Frame Affinities for Video Semantic Segmentation.
+
+Sun, Liu, Tang, Chhatkuli, Zhang, Van Gool, ECCV 2022, arXiv 2207.10436. The target frame asks (queries Q), earlier
+reference frames answer (keys K, values V). From the target's point of view, in the order of this file:
+
+    cross-frame affinities                 A^l = Q^l (K^l)^T at scales l = 2, 3, 4 (strides 8, 16, 32)
+    STM, selective token masking           keep the reference tokens that matter, the same ones at every scale
+    SAR, single-scale affinity refinement  2-D convolutions over the image of affinities that each token has
+    MAA, multi-scale affinity aggregation  coarse to fine: M^3 = G^43(up(G^4(A^4)) + G^3(A^3)), then M^2 with A^2
+    reconstruction                         O = mean_i softmax(M^2)_i V_i + the target's own features
+
+    model = MRCFA("b1", num_classes=124)
+    load_official(model, "mrcfa_b1.pth")
+    logits = model.eval()(clip)                       # (B, 4, 3, H, W), target last -> (B, 124, H/4, W/4)
+
+    stream = model.stream()                           # a whole video: each frame is encoded once
+    for frame in video:                               # (3, H, W)
+        logits = stream(frame)                        # (124, H/4, W/4)
+
+Letters and shapes: B clips of T frames, K classes, n_l = h_l w_l positions of F_l, N reference tokens a frame on a grid
+of stride r, m of them kept, M = (T-1) m over all references.
+"""
+import re
+from collections import deque
+from typing import NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segformer import EMBED_DIM, SegFormer, classifier, load_strictly, read_state_dict, rename, segmentation_loss
+
+OFFSETS = (9, 6, 3)            # how far back the references lie, in frames, oldest first
+REFERENCE_STRIDE = 32          # 32 for VSPW, 16 for Cityscapes
+IMPORTANCE_TOP = 5             # affinities that make up a token's importance
+KEEP_RATIO = {"b0": 0.8}       # p, the share of reference tokens that STM keeps ...
+DEFAULT_KEEP_RATIO = 0.5       # ... for every other variant
+FRAME_LOSS_WEIGHT = 0.5        # of the per-frame logits beside the clip's
+
+
+def reference_indices(t: int, offsets: Sequence[int] = OFFSETS) -> list[int]:
+    """Frames that target `t` of a video refers to, oldest first; none while fewer than T frames exist.
+
+    Up to the largest offset the history is spread evenly over what there is, from frame 0 on.
+    """
+    if t < len(offsets):
+        return []
+    if t <= max(offsets):
+        return [-(-t * k // len(offsets)) for k in range(len(offsets))]                          # ceil(t k / (T-1))
+    return [t - offset for offset in offsets]
+
+
+def tokens(x: Tensor) -> Tensor:
+    """A feature map as a sequence: (B, C, h, w) -> (B, h w, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+class Reference(NamedTuple):
+    """All that a reference frame contributes, computed from that frame alone; B may be any leading shape."""
+    key2: Tensor     # K^2 (B, N, C_2)
+    key3: Tensor     # K^3 (B, N, C_3)
+    key4: Tensor     # K^4 (B, n_4, C_4), still on the grid of stride 32
+    value: Tensor    # V   (B, N, 256)
+
+
+class AffinityRefinement(nn.Module):
+    """A stack G of (convolution, GroupNorm(1), ReLU) that refines the affinity image of every reference token alike.
+
+    `layers` lists (channels in, channels out, kernel). Affinities of M tokens go in as (B, M c_in, h, w), the c
+    channels of a token side by side, and come out as (B, M c_out, h, w).
+    """
+
+    def __init__(self, *layers: tuple[int, int, int]):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2) for c_in, c_out, kernel in layers)
+        self.norms = nn.ModuleList(nn.GroupNorm(1, c_out) for _, c_out, _ in layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Convolving M images one by one with the same weights is one convolution of M groups with repeated weights,
+        # and the channels-last layout it wants is the one in which Q K^T leaves the token axis.
+        m = x.shape[1] // self.convs[0].in_channels
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.conv2d(x, conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m), padding=conv.padding, groups=m)
+            x = F.relu(F.group_norm(x, m, norm.weight.repeat(m), norm.bias.repeat(m), norm.eps), inplace=True)
+        return x
+
+
+class AffinityAggregation(nn.Module):
+    """SAR and MAA: affinities A^2, A^3, A^4 of M tokens, each (B, M, h_l, w_l) -> M^2 (B, M, h_2, w_2)."""
+
+    def __init__(self, variant: str):
+        super().__init__()
+        if variant == "b1":  # two channels a token between the first and the last layer
+            self.g4 = AffinityRefinement((1, 1, 3), (1, 2, 3))
+            self.g3 = AffinityRefinement((1, 1, 3), (1, 2, 3))
+            self.g2 = AffinityRefinement((1, 1, 5), (1, 2, 3))
+            self.g43 = AffinityRefinement((2, 2, 3), (2, 2, 3))
+            self.g32 = AffinityRefinement((2, 2, 3), (2, 1, 3))
+        else:
+            self.g4 = AffinityRefinement((1, 1, 3))
+            self.g3 = AffinityRefinement((1, 1, 5))
+            self.g2 = AffinityRefinement((1, 1, 5))
+            self.g43 = AffinityRefinement((1, 1, 3))
+            self.g32 = AffinityRefinement((1, 1, 3))
+
+    def forward(self, a2: Tensor, a3: Tensor, a4: Tensor) -> Tensor:
+        def up(coarse: Tensor, fine: Tensor) -> Tensor:
+            return F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=True)
+
+        m3 = self.g43(up(self.g4(a4), a3) + self.g3(a3))
+        return self.g32(up(m3, a2) + self.g2(a2))
+
+
+class MRCFA(nn.Module):
+    """SegFormer with cross-frame affinities.
+
+    In evaluation: clip (B, T, 3, H, W), oldest frame first and target last -> the target's logits (B, K, H/4, W/4);
+    a clip shorter than T gets the last frame's SegFormer logits. In training: -> (frame_logits, clip_logits), both
+    (B, T, K, H/4, W/4): SegFormer's for every frame, and the target's out of each reference alone and, last, of all.
+
+    `offsets` say how far back the T-1 references of a video lie; `keep_ratio=None` is the paper's p for the variant.
+    Raises ValueError for a size that is no multiple of 32, and for a T that isn't len(offsets) + 1.
+    """
+
+    def __init__(self, variant: str = "b1", num_classes: int = 124, reference_stride: int = REFERENCE_STRIDE,
+                 keep_ratio: float | None = None, offsets: Sequence[int] = OFFSETS):
+        super().__init__()
+        if reference_stride not in (16, 32):
+            raise ValueError(f"reference_stride must be 16 or 32, not {reference_stride}")
+        if not offsets or min(offsets) < 1:
+            raise ValueError(f"offsets must be one or more positive numbers of frames, not {tuple(offsets)}")
+        self.keep_ratio = KEEP_RATIO.get(variant, DEFAULT_KEEP_RATIO) if keep_ratio is None else keep_ratio
+        if not 0 < self.keep_ratio <= 1:
+            raise ValueError(f"keep_ratio must lie in (0, 1], not {keep_ratio}")
+        self.reference_stride, self.offsets = reference_stride, tuple(offsets)
+
+        self.segformer = SegFormer(variant, num_classes)
+        c2, c3, c4 = self.segformer.encoder.channels[1:]
+        self.query2, self.query3, self.query4 = nn.Linear(c2, c2), nn.Linear(c3, c3), nn.Linear(c4, c4)
+        self.key2, self.key3, self.key4 = nn.Linear(c2, c2), nn.Linear(c3, c3), nn.Linear(c4, c4)
+        self.reduce2 = nn.Conv2d(c2, c2, reference_stride // 8, reference_stride // 8)
+        self.reduce3 = nn.Conv2d(c3, c3, reference_stride // 16, reference_stride // 16)
+        self.value = nn.Conv2d(EMBED_DIM, EMBED_DIM, reference_stride // 8, reference_stride // 8)
+        self.aggregation = AffinityAggregation(variant)
+        self.auxiliary_classifiers = nn.ModuleList(classifier(EMBED_DIM, num_classes) for _ in offsets)
+        self.classifier = classifier(EMBED_DIM, num_classes)
+
+    def forward(self, clip: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        batch, frames = clip.shape[:2]
+        if frames < len(self.offsets) + 1 and not self.training:
+            return self.segformer(clip[:, -1])
+        if frames != len(self.offsets) + 1:
+            raise ValueError(f"clip has {frames} frames; this model takes {len(self.offsets) + 1} (target last)")
+
+        # Time first: then the references and the target are plain slices of the encoded batch.
+        features, fused = self.encode(clip.transpose(0, 1).flatten(0, 1))                        # (T B, C_l, h_l, w_l)
+        references = self.reference([f[:-batch] for f in features], fused[:-batch])
+        references = Reference(*(x.unflatten(0, (-1, batch)).transpose(0, 1) for x in references))
+        target_features, target_fused = [f[-batch:] for f in features], fused[-batch:]
+        if not self.training:
+            return self.segment(target_features, target_fused, references)
+
+        attention, values = self.affinity(target_features, references)
+        each = attention.transpose(1, 2) @ values                                                # O_i (B, T-1, n_2, 256)
+        own = F.avg_pool2d(target_fused, 2)
+        outputs = [o.transpose(1, 2).unflatten(2, own.shape[-2:]) for o in each.unbind(1)]       # (B, 256, h_2, w_2)
+        clip_logits = [classify(o) for classify, o in zip(self.auxiliary_classifiers, outputs)]
+        clip_logits.append(self.classifier(sum(outputs) / len(outputs) + own))
+        frame_logits = self.segformer.classifier(fused).unflatten(0, (frames, batch)).transpose(0, 1)
+        return frame_logits, torch.stack([upsample(x) for x in clip_logits], dim=1)
+
+    def encode(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Images (B, 3, H, W) -> the encoder's [F_1 ... F_4] and SegFormer's fused F (B, 256, H/4, W/4)."""
+        features = self.segformer.encoder(images)
+        return features, self.segformer.head(features)
+
+    def reference(self, features: list[Tensor], fused: Tensor) -> Reference:
+        """Keys and values of frames, from those frames alone."""
+        _, f2, f3, f4 = features
+        return Reference(self.key2(tokens(self.reduce2(f2))), self.key3(tokens(self.reduce3(f3))),
+                         self.key4(tokens(f4)), tokens(self.value(F.avg_pool2d(fused, 2))))
+
+    def segment(self, features: list[Tensor], fused: Tensor, references: Reference) -> Tensor:
+        """The target's logits (B, K, H/4, W/4) from its own features and its references, each (B, T-1, ...)."""
+        attention, values = self.affinity(features, references)
+        # The mean of T-1 products B_i V_i is one product of the concatenated B_i and V_i, over T-1.
+        out = attention.flatten(2) @ values.flatten(1, 2) / len(self.offsets)                    # (B, n_2, 256)
+        own = F.avg_pool2d(fused, 2)                                                             # (B, 256, h_2, w_2)
+        return upsample(self.classifier(out.transpose(1, 2).unflatten(2, own.shape[-2:]) + own))
+
+    def affinity(self, features: list[Tensor], references: Reference) -> tuple[Tensor, Tensor]:
+        """What the target reads where: B (B, n_2, T-1, m), softmax over the last axis, and the kept V (B, T-1, m, 256)."""
+        _, f2, f3, f4 = features
+
+        def affine(query: nn.Linear, feature: Tensor, keys: Tensor) -> Tensor:                   # A^l of all references
+            a = query(tokens(feature)) @ keys.flatten(1, 2).transpose(1, 2)                      # (B, n_l, M)
+            return a.transpose(1, 2).unflatten(2, feature.shape[-2:])                            # (B, M, h_l, w_l)
+
+        a4 = affine(self.query4, f4, references.key4).unflatten(1, (len(self.offsets), -1))      # (B, T-1, n_4, h_4, w_4)
+        kept, a4 = self.selective_token_masking(a4)
+
+        def keep(x: Tensor) -> Tensor:                                                           # (B, T-1, N, C)
+            return x.take_along_dim(kept[..., None], 2)                                          # (B, T-1, m, C)
+
+        m2 = self.aggregation(affine(self.query2, f2, keep(references.key2)),
+                              affine(self.query3, f3, keep(references.key3)), a4)
+        return tokens(m2).unflatten(2, kept.shape[1:]).softmax(-1), keep(references.value)
+
+    def selective_token_masking(self, a4: Tensor) -> tuple[Tensor, Tensor]:
+        """STM: which tokens of each reference are kept (B, T-1, m), and their A^4 (B, (T-1) m, h_4, w_4).
+
+        Goes in: A^4 of all tokens, (B, T-1, n_4, h_4, w_4). A token is as important as its 5 largest affinities add up
+        to. How many are kept depends on the frame's size alone, so that every shape is a constant.
+        """
+        grid = a4.shape[-2:]
+        a4 = a4.flatten(3).transpose(2, 3)                                                       # (B, T-1, target, n_4)
+        importance = a4.topk(min(IMPORTANCE_TOP, a4.shape[2]), dim=2).values.sum(2)              # (B, T-1, n_4)
+        if self.reference_stride < 32:  # the keys of stage 4 lie at stride 32: resize along the references' axis
+
+            def resize(x: Tensor) -> Tensor:                                                     # (..., n_4) -> (..., N)
+                images = x.unflatten(-1, grid).flatten(0, -4)
+                images = F.interpolate(images, scale_factor=32 // self.reference_stride, mode="bilinear")
+                return images.flatten(2).unflatten(0, x.shape[:-2])
+
+            a4, importance = resize(a4), resize(importance)
+        kept = importance.topk(max(1, int(self.keep_ratio * importance.shape[-1]))).indices      # (B, T-1, m)
+        a4 = a4.take_along_dim(kept[:, :, None], 3)                                              # (B, T-1, n_4, m)
+        return kept, a4.permute(0, 1, 3, 2).flatten(1, 2).unflatten(2, grid)
+
+    def stream(self) -> "Stream":
+        """Segment one video frame by frame, each encoded once: `stream(frame)`, (3, H, W) -> (K, H/4, W/4)."""
+        return Stream(self)
+
+
+def upsample(logits: Tensor) -> Tensor:
+    """Logits from stride 8 to stride 4. Contiguous first: on CPUs a channels-last map of many classes is slow."""
+    return F.interpolate(logits.contiguous(), scale_factor=2, mode="bilinear")
+
+
+class Stream:
+    """One video, frame by frame: every frame is encoded once, and its keys and values are kept while they can be needed.
+
+    Call with the next frame (3, H, W) -> its logits (K, H/4, W/4), the same as from the clip of that frame and its
+    references (`reference_indices`). Memory is constant: what max(offsets) frames contribute. A new video needs a new
+    stream. Raises ValueError while the model is in training mode.
+    """
+
+    def __init__(self, model: MRCFA, offsets: Sequence[int] | None = None):
+        self.model, self.offsets = model, model.offsets
+        self.t, self.history = 0, deque(maxlen=max(self.offsets))  # of References, of frame t-1 at the end
+
+    @torch.no_grad()
+    def __call__(self, frame: Tensor) -> Tensor:
+        if self.model.training:
+            raise ValueError("call model.eval() before streaming")
+        features, fused = self.model.encode(frame[None])
+        indices = reference_indices(self.t, self.offsets)
+        if indices:
+            chosen = [self.history[i - self.t] for i in indices]                                 # i - t counts from the end
+            references = Reference(*(torch.stack(x, dim=1) for x in zip(*chosen)))
+            logits = self.model.segment(features, fused, references)
+        else:
+            logits = self.model.segformer.classifier(fused)
+        self.history.append(self.model.reference(features, fused))
+        self.t += 1
+        return logits[0]
+
+
+def mrcfa_loss(frame_logits: Tensor, clip_logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """0.5 CE(frame_logits, each frame's labels) + CE(clip_logits, the target's labels, T times): a scalar.
+
+    Both logits (B, T, K, h, w); labels (B, T, H, W) int64, or (B, H, W) when only the target is labelled: then the
+    first term takes the target's frame_logits alone. Ignored pixels count in each mean's denominator.
+    """
+    if labels.ndim == 3:
+        labels, frame_logits = labels[:, None], frame_logits[:, -1:]
+    target = labels[:, -1:].expand(-1, clip_logits.shape[1], -1, -1)
+    return (FRAME_LOSS_WEIGHT * segmentation_loss(frame_logits.flatten(0, 1), labels.flatten(0, 1), ignore_index)
+            + segmentation_loss(clip_logits.flatten(0, 1), target.flatten(0, 1), ignore_index))
+
+
+# The released names -> ours; the `backbone` and the SegFormer head are named as NVlabs' (segformer.RENAMES).
+RELEASED_NAMES = (
+    (r"^hypercorre_module\.q(\d)", lambda m: f"query{int(m[1]) + 1}"),
+    (r"^hypercorre_module\.k(\d)", lambda m: f"key{int(m[1]) + 1}"),
+    (r"^sr(\d)\.", r"reduce\1."),
+    (r"^sr1_feat", "value"),
+    (r"^hypercorre_module\.hpn\.encoder_layer(\d)(?:to(\d))?\.(\d)\.(conv2\.)?", lambda m:
+     f"aggregation.g{m[1]}{m[2] or ''}.{'convs' if m[4] else 'norms'}.{int(m[3]) // 3}."),
+)
+
+
+def load_official(model: MRCFA, source):
+    """Load a released MRCFA checkpoint, a path or a state dict; ValueError unless every key fits."""
+    last = len(model.auxiliary_classifiers) + 1
+    segformer, own = {}, {}
+    for key, value in read_state_dict(source).items():
+        name = key.removeprefix("decode_head.")
+        if match := re.match(r"deco(\d+)\.smalldecoder\.", name):
+            i = int(match[1])
+            own[("classifier." if i == last else f"auxiliary_classifiers.{i - 1}.") + name[match.end():]] = value
+        else:
+            for pattern, ours in RELEASED_NAMES:
+                name = re.sub(pattern, ours, name)
+            if name == key.removeprefix("decode_head."):
+                segformer[key] = value
+            else:
+                own[name] = value
+    load_strictly(model, own | {f"segformer.{key}": value for key, value in rename(segformer).items()})

@@ -1,0 +1,366 @@
+"""SegFormer: the Mix Transformer encoder (MiT) and the all-MLP head, in plain PyTorch.
+
+SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers (Xie et al., NeurIPS 2021,
+arXiv 2105.15203). This file needs nothing but torch and can be copied into another project by itself:
+
+    model = SegFormer("b1", num_classes=19)
+    load_pretrained(model, "mit_b1.pth")
+    logits = model(images)                            # (B, 3, H, W) -> (B, 19, H/4, W/4)
+
+Inside the encoder a feature map is (B, h, w, C): LayerNorm and Linear act on the last axis as they are, and seen as
+(B, C, h, w) it is a channels-last image, the layout in which convolutions are fast. Neither view copies anything.
+"""
+import math
+import re
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EMBED_DIM = 256  # width of the head for b0 and b1, and for every MRCFA
+DROPOUT = 0.1    # of whole channels, before every classifier
+
+
+# ---------------------------------------------------------------------------------------------------------- encoder
+
+@dataclass(frozen=True)
+class MixTransformerConfig:
+    """One row of SegFormer's table of encoders; heads, reduction ratios and the MLP ratio are the same in all rows."""
+    channels: tuple[int, ...]
+    depths: tuple[int, ...]
+    heads: tuple[int, ...] = (1, 2, 5, 8)
+    reductions: tuple[int, ...] = (8, 4, 2, 1)
+    mlp_ratio: int = 4
+
+
+MIT_VARIANTS = {
+    "b0": MixTransformerConfig((32, 64, 160, 256), (2, 2, 2, 2)),
+    "b1": MixTransformerConfig((64, 128, 320, 512), (2, 2, 2, 2)),
+    "b2": MixTransformerConfig((64, 128, 320, 512), (3, 4, 6, 3)),
+    "b3": MixTransformerConfig((64, 128, 320, 512), (3, 4, 18, 3)),
+    "b4": MixTransformerConfig((64, 128, 320, 512), (3, 8, 27, 3)),
+    "b5": MixTransformerConfig((64, 128, 320, 512), (3, 6, 40, 3)),
+}
+
+
+def conv_last(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a convolution to a map whose channels come last: (B, h, w, C) -> (B, h', w', C')."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class EfficientAttention(nn.Module):
+    """Self-attention in which keys and values come from a map reduced r x r times (SegFormer, section 3.1)."""
+
+    def __init__(self, channels: int, heads: int, reduction: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(channels, 2 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.reduce = self.norm = nn.Identity()
+        if reduction > 1:
+            self.reduce = nn.Conv2d(channels, channels, reduction, reduction)
+            self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:                                                      # (B, h, w, C)
+        reduced = self.norm(conv_last(self.reduce, x))                                           # (B, h/r, w/r, C)
+        q = self.q(x).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)              # (B, heads, n, d)
+        k, v = self.kv(reduced).flatten(1, 2).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)                            # (B, n, heads, d)
+        return self.proj(out.reshape(x.shape))
+
+
+class MixFFN(nn.Module):
+    """MLP with a depthwise 3x3 convolution inside, which stands in for a positional encoding."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:                                                      # (B, h, w, C)
+        return self.fc2(F.gelu(conv_last(self.dwconv, self.fc1(x))))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training, drop the whole residual branch of a sample."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return x * F.dropout(x.new_ones(len(x), 1, 1, 1), self.p)
+
+
+class Block(nn.Module):
+    """Transformer block: attention and Mix-FFN, both pre-norm and residual."""
+
+    def __init__(self, channels: int, heads: int, reduction: int, mlp_ratio: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.attn = EfficientAttention(channels, heads, reduction)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.mlp = MixFFN(channels, mlp_ratio * channels)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:                                                      # (B, h, w, C)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Overlapping patch embedding and the blocks that follow it: one F_l out of F_{l-1}."""
+
+    def __init__(self, in_channels: int, channels: int, kernel: int, stride: int, blocks: list[Block]):
+        super().__init__()
+        self.embed = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2)
+        self.embed_norm = nn.LayerNorm(channels)
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:                                                      # (B, C_{l-1}, H, W)
+        x = self.embed_norm(self.embed(x).permute(0, 2, 3, 1))                                   # (B, h, w, C_l)
+        return self.norm(self.blocks(x)).permute(0, 3, 1, 2)                                     # (B, C_l, h, w)
+
+
+class MixVisionTransformer(nn.Module):
+    """MiT encoder: images (B, 3, H, W) -> [F_1, F_2, F_3, F_4], each (B, C_l, H/s, W/s) at s = 4, 8, 16, 32.
+
+    Raises ValueError where H or W is no multiple of 32.
+    """
+
+    def __init__(self, config: MixTransformerConfig, drop_path: float = 0.1):
+        super().__init__()
+        self.channels = config.channels
+        rates = iter(torch.linspace(0, drop_path, sum(config.depths)).tolist())
+        self.stages = nn.ModuleList()
+        for i, channels in enumerate(config.channels):
+            blocks = [Block(channels, config.heads[i], config.reductions[i], config.mlp_ratio, next(rates))
+                      for _ in range(config.depths[i])]
+            kernel, stride, in_channels = (7, 4, 3) if i == 0 else (3, 2, config.channels[i - 1])
+            self.stages.append(Stage(in_channels, channels, kernel, stride, blocks))
+        self.apply(self._init)
+
+    @staticmethod
+    def _init(module: nn.Module):
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+            nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        height, width = images.shape[-2:]
+        if height % 32 or width % 32:
+            raise ValueError(f"frame size {height}x{width} (height x width) must be a multiple of 32 on both sides")
+        features = [images.contiguous(memory_format=torch.channels_last)]
+        for stage in self.stages:
+            features.append(stage(features[-1]))
+        return features[1:]
+
+
+def mit(variant: str, drop_path: float = 0.1) -> MixVisionTransformer:
+    """The MiT encoder "b0" ... "b5"; `drop_path` is the last block's rate, rising linearly from 0 in the first."""
+    if variant not in MIT_VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(MIT_VARIANTS)}")
+    return MixVisionTransformer(MIT_VARIANTS[variant], drop_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- head
+
+class SegFormerHead(nn.Module):
+    """All-MLP head up to, and without, its classifier: [F_1 ... F_4] -> F, (B, embed_dim, H/4, W/4)."""
+
+    def __init__(self, channels: tuple[int, ...], embed_dim: int = EMBED_DIM):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(c, embed_dim) for c in channels)
+        self.fuse = nn.Conv2d(4 * embed_dim, embed_dim, 1, bias=False)  # of the projected F_4, F_3, F_2, F_1
+        self.norm = nn.BatchNorm2d(embed_dim)
+        nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        # The 1x1 convolution of the concatenation is a sum over stages, and it commutes with bilinear upsampling:
+        # project each F_l by the one matrix W_fuse,l W_l at its own stride, then upsample and sum.
+        fuse = reversed(self.fuse.weight.flatten(1).chunk(4, dim=1))                             # W_fuse,1 ... 4
+        out: Tensor | None = None
+        for feature, linear, weight in zip(features, self.linears, fuse):
+            x = F.conv2d(feature, (weight @ linear.weight)[..., None, None], weight @ linear.bias)
+            out = x if out is None else out + F.interpolate(x, out.shape[-2:], mode="bilinear")
+        return F.relu(self.norm(out), inplace=True)
+
+
+def classifier(embed_dim: int, num_classes: int) -> nn.Sequential:
+    """Channel dropout and a 1x1 convolution: (B, embed_dim, h, w) -> logits (B, K, h, w)."""
+    return nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(embed_dim, num_classes, 1))
+
+
+class SegFormer(nn.Module):
+    """MiT encoder, all-MLP head, classifier: images (B, 3, H, W) -> logits (B, K, H/4, W/4).
+
+    Published heads are 256 wide for b0 and b1 and 768 for b2 ... b5 (`embed_dim`). H and W must be multiples of 32.
+    """
+
+    def __init__(self, variant: str = "b1", num_classes: int = 124, embed_dim: int = EMBED_DIM):
+        super().__init__()
+        self.encoder = mit(variant)
+        self.head = SegFormerHead(self.encoder.channels, embed_dim)
+        self.classifier = classifier(embed_dim, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.head(self.encoder(images)))
+
+
+# ------------------------------------------------------------------------------------------------------------- loss
+
+class _UpsampledCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of logits at label size that keeps only the gradient at the small size.
+
+    Full-size maps of K classes are what fills the memory in training. The gradient with respect to the *small*
+    logits is small, so it is taken here, map by map, in the forward pass, and one full-size map is alive at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        gradient, total = torch.empty_like(logits), logits.new_zeros(())
+        for small, label, grad in zip(logits.split(1), labels.split(1), gradient.split(1)):
+            small = small.detach().contiguous().requires_grad_()
+            with torch.enable_grad():
+                full = F.interpolate(small, label.shape[-2:], mode="bilinear")
+                loss = F.cross_entropy(full, label, ignore_index=ignore_index, reduction="sum")
+            grad.copy_(torch.autograd.grad(loss, small)[0])
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        return ctx.saved_tensors[0] * grad_output, None, None
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with labels (B, H, W) int64: a scalar.
+
+    The mean is over *all* pixels: ignored ones add 0 but stay in the denominator, as in the released code.
+    """
+    return _UpsampledCrossEntropy.apply(logits, labels, ignore_index) / labels.numel()
+
+
+# ----------------------------------------------------------------------------------------------- pretrained weights
+
+# Keys of NVlabs' and of Hugging Face's checkpoints -> ours, applied in this order, stages counted from 0.
+RENAMES = (
+    (r"^patch_embed(?:dings)?\.(\d)\.proj", r"encoder.stages.\1.embed"),
+    (r"^patch_embed(?:dings)?\.(\d)\.(?:layer_)?norm", r"encoder.stages.\1.embed_norm"),
+    (r"^(?:layer_)?norm\.(\d)", r"encoder.stages.\1.norm"),
+    (r"^block\.(\d)", r"encoder.stages.\1.blocks"),
+    (r"layer_norm_(\d)", r"norm\1"),
+    (r"attention\.self\.layer_norm", "attn.norm"),
+    (r"attention\.self\.query", "attn.q"),
+    (r"attention\.self", "attn"),
+    (r"attention\.output\.dense", "attn.proj"),
+    (r"attn\.sr", "attn.reduce"),
+    (r"mlp\.dense", "mlp.fc"),
+    (r"dwconv\.dwconv", "dwconv"),
+    (r"^linear_c\.(\d)\.proj", r"head.linears.\1"),
+    (r"^linear_fuse\.bn|^batch_norm", "head.norm"),
+    (r"^linear_fuse(?:\.conv)?", "head.fuse"),
+    (r"^(?:linear_pred|classifier)", "classifier.1"),
+)
+# The ImageNet classifiers of the two namings, and a layer that mmsegmentation creates and never uses.
+DEAD_KEYS = re.compile(r"(head|classifier|decode_head\.conv_seg)\.(weight|bias)")
+
+
+def read_state_dict(source) -> dict[str, Tensor]:
+    """The state dict in `source`: a checkpoint's path, or a dict, either of them bare or under "state_dict" or "model".
+
+    Files are read with `weights_only=True`. Raises ValueError where there is no state dict in it.
+    """
+    name, content = "checkpoint", source
+    if not isinstance(source, dict):
+        name = str(source)
+        try:
+            content = torch.load(source, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise ValueError(f"{name}: no such checkpoint file") from None
+        except Exception as error:  # torch.load raises whatever its file formats do
+            reason = str(error).strip().split("\n")[0][:120]
+            raise ValueError(f"{name}: not a readable PyTorch checkpoint ({reason or type(error).__name__})") from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{name}: holds no state dict (a dict of tensors, bare or under 'state_dict' or 'model')")
+    return content
+
+
+def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of NVlabs' or Hugging Face's MiT or SegFormer with the keys of our `SegFormer`, dead keys left out."""
+    renamed = {}
+    for key, value in state.items():
+        if DEAD_KEYS.fullmatch(key):
+            continue
+        key = re.sub(r"^(backbone|segformer\.encoder|encoder|decode_head)\.", "", key)
+        key = re.sub(r"^(patch_embed|block|norm|linear_c)(\d)\.", lambda m: f"{m[1]}.{int(m[2]) - 1}.", key)  # from 0
+        for pattern, ours in RENAMES:
+            key = re.sub(pattern, ours, key)
+        renamed[key] = value
+    for key in [k for k in renamed if ".attn.key." in k]:  # ours is one Linear for both
+        value = renamed.pop(key.replace(".key.", ".value."), None)
+        if value is not None:
+            renamed[key.replace(".key.", ".kv.")] = torch.cat([renamed.pop(key), value])
+    return renamed
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[str, ...] = ()):
+    """`module.load_state_dict(state)` with an error for a person; keys that start with one of `may_miss` can be absent."""
+    own = module.state_dict()
+    wrong = {
+        "missing": [k for k in own if k not in state and not k.startswith(may_miss)],
+        "unexpected": [k for k in state if k not in own],
+        "of another shape": [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
+                             for k, v in state.items() if k in own and v.shape != own[k].shape],
+    }
+    if any(wrong.values()):
+        raise ValueError(f"weights don't fit this {type(module).__name__}: " + "; ".join(
+            f"{len(keys)} {kind}: {', '.join(keys[:20])}{', ...' * (len(keys) > 20)}" for kind, keys in wrong.items() if keys))
+    module.load_state_dict(state, strict=False)
+
+
+def load_pretrained(module: nn.Module, source):
+    """Load ImageNet or SegFormer weights, in NVlabs' or Hugging Face's naming, into an encoder, a SegFormer or an MRCFA.
+
+    `source` is a path or a state dict. What an ImageNet encoder can't have keeps its initialisation. A classifier of
+    another class count is skipped, and so is a head of another width in an MRCFA, both with a warning. Raises
+    ValueError, with the keys, for everything else that doesn't fit.
+    """
+    state = rename(read_state_dict(source))
+    segformer = getattr(module, "segformer", module)  # an MRCFA has one inside
+    if not any(key.startswith("encoder.stages.") for key in state):
+        raise ValueError(f"no MiT weights: expected keys like 'patch_embed1.proj.weight' or "
+                         f"'encoder.patch_embeddings.0.proj.weight', found {', '.join(list(state)[:3])}")
+    if isinstance(segformer, MixVisionTransformer):
+        load_strictly(segformer, {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
+        return
+    own = segformer.state_dict()
+    absent = [part for part in ("head.", "classifier.") if not any(key.startswith(part) for key in state)]
+
+    def skip(part: str, why: str):
+        warnings.warn(f"{part} skipped: {why}; it keeps its initialisation")
+        absent.append(part + ".")
+        for key in [key for key in state if key.startswith(part + ".")]:
+            del state[key]
+
+    if "head.fuse.weight" in state and module is not segformer and len(state["head.fuse.weight"]) != EMBED_DIM:
+        skip("classifier", f"the head is {len(state['head.fuse.weight'])} wide, MRCFA's is {EMBED_DIM}")
+        skip("head", f"it is {len(state['head.fuse.weight'])} wide, MRCFA's is {EMBED_DIM}")
+    elif "classifier.1.bias" in state and state["classifier.1.bias"].shape != own["classifier.1.bias"].shape:
+        skip("classifier", f"it has {len(state['classifier.1.bias'])} classes, this model {len(own['classifier.1.bias'])}")
+    load_strictly(segformer, state, tuple(absent))
