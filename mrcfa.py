@@ -154,9 +154,9 @@ class MRCFA(nn.Module):
 
         # Time first: then the references and the target are plain slices of the encoded batch.
         features, fused = self.encode(clip.transpose(0, 1).flatten(0, 1))                        # (T B, C_l, h_l, w_l)
-        references = self.reference([f[:-batch] for f in features], fused[:-batch])
-        references = Reference(*(x.unflatten(0, (-1, batch)).transpose(0, 1) for x in references))
-        target_features, target_fused = [f[-batch:] for f in features], fused[-batch:]
+        split = [x.split([(frames - 1) * batch, batch]) for x in (*features, fused)]
+        (*past_features, past_fused), (*target_features, target_fused) = zip(*split)
+        references = Reference(*(x.unflatten(0, (-1, batch)).transpose(0, 1) for x in self.reference(past_features, past_fused)))
         if not self.training:
             return self.segment(target_features, target_fused, references)
 
@@ -245,9 +245,9 @@ class Stream:
     stream. Raises ValueError while the model is in training mode.
     """
 
-    def __init__(self, model: MRCFA, offsets: Sequence[int] | None = None):
-        self.model, self.offsets = model, model.offsets
-        self.t, self.history = 0, deque(maxlen=max(self.offsets))  # of References, of frame t-1 at the end
+    def __init__(self, model: MRCFA):
+        self.model, self.offsets, self.t = model, model.offsets, 0
+        self.history: deque[Reference] = deque(maxlen=max(model.offsets))                        # frame t-1 at its end
 
     @torch.no_grad()
     def __call__(self, frame: Tensor) -> Tensor:

@@ -278,27 +278,30 @@ RENAMES = (
 DEAD_KEYS = re.compile(r"(head|classifier|decode_head\.conv_seg)\.(weight|bias)")
 
 
-def read_state_dict(source) -> dict[str, Tensor]:
-    """The state dict in `source`: a checkpoint's path, or a dict, either of them bare or under "state_dict" or "model".
-
-    Files are read with `weights_only=True`. Raises ValueError where there is no state dict in it.
-    """
-    name, content = "checkpoint", source
-    if not isinstance(source, dict):
-        name = str(source)
-        try:
-            content = torch.load(source, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise ValueError(f"{name}: no such checkpoint file") from None
-        except Exception as error:  # torch.load raises whatever its file formats do
-            reason = str(error).strip().split("\n")[0][:120]
-            raise ValueError(f"{name}: not a readable PyTorch checkpoint ({reason or type(error).__name__})") from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{name}: holds no state dict (a dict of tensors, bare or under 'state_dict' or 'model')")
+def read_checkpoint(path) -> dict:
+    """The dict that a checkpoint file holds, read with `weights_only=True`; ValueError where it is no such file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint file") from None
+    except Exception as error:  # each of torch.load's file formats raises its own
+        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        raise ValueError(f"{path}: not a readable PyTorch checkpoint ({reason})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a checkpoint but a {type(content).__name__}")
     return content
+
+
+def read_state_dict(source) -> dict[str, Tensor]:
+    """The state dict in a checkpoint's path or dict, where it is bare or under "state_dict" or "model"; else ValueError."""
+    state = source if isinstance(source, dict) else read_checkpoint(source)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        where = "the dict" if isinstance(source, dict) else source
+        raise ValueError(f"{where}: holds no state dict (tensors by name, bare or under 'state_dict' or 'model')")
+    return state
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,242 @@
+"""Videos with labels: the VSPW layout on disk, random clips for training, network inputs for inference.
+
+    DIR/train.txt, val.txt          one video name a line
+    DIR/classes.txt                 one class name a line (VSPW itself does without)
+    DIR/data/<video>/origin/*.jpg   frames, in the order of their names (.png is fine)
+    DIR/data/<video>/mask/*.png     label maps: 0 or 255 = ignored, 1 ... K = classes 0 ... K-1
+
+Everything that a person can put right (a missing file, a label that doesn't exist) is a DataError of one line.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+IGNORE = 255
+MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]  # of ImageNet's RGB, 0 ... 255
+STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
+FRAME_SIZE = (853, 480)      # VSPW's long and short side: frames are scaled to fit, in training times SCALE_RANGE
+SCALE_RANGE = (0.5, 2.0)
+STRIDE = 32                  # network inputs are multiples of it
+CROP_TRIES = 10              # for a crop whose target has two classes and none that covers more than
+MAX_CLASS_SHARE = 0.75       # this share of its labelled pixels
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 32, (0.5, 1.5), (0.5, 1.5), 18 / 180  # photometric distortion
+
+VSPW_CLASSES = """
+wall ceiling door stair ladder escalator playground_slide handrail_or_fence window rail goal pillar pole floor ground
+grass sand athletic_field road path crosswalk building house bridge tower windmill well_or_well_lid other_construction
+sky mountain stone wood ice snowfield grandstand sea river lake waterfall water billboard_or_bulletin_board sculpture
+pipeline flag parasol_or_umbrella cushion_or_carpet tent roadblock car bus truck bicycle motorcycle wheeled_machine
+ship_or_boat raft airplane tyre traffic_light lamp person cat dog horse cattle other_animal tree flower other_plant
+toy ball_net backboard skateboard bat ball cupboard_or_showcase_or_storage_rack box traveling_case_or_trolley_case
+basket bag_or_package trash_can cage plate tub_or_bowl_or_pot bottle_or_cup barrel fishbowl bed pillow table_or_desk
+chair_or_seat bench sofa shelf bathtub gun commode roaster other_machine refrigerator washing_machine microwave_oven
+fan curtain textiles clothes painting_or_poster mirror flower_pot_or_vase clock book tool blackboard tissue
+screen_or_television computer printer mobile_phone keyboard other_electronic_product fruit food instrument train
+""".split()
+
+
+class DataError(ValueError):
+    """Data or arguments that their owner can put right; the message is one line that says where and how."""
+
+
+# ------------------------------------------------------------------------------------------------------ what is on disk
+
+@dataclass(frozen=True)
+class Video:
+    """One video: its frames in order and, one for each, their label maps."""
+    name: str
+    frames: list[Path]
+    masks: list[Path]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that aren't blank, stripped."""
+    try:
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+
+
+def read_classes(root: Path) -> list[str]:
+    """The class names of a data folder in label order: those of classes.txt, or VSPW's 124."""
+    path = Path(root) / "classes.txt"
+    classes = read_lines(path) if path.exists() else VSPW_CLASSES
+    if not 1 <= len(classes) < IGNORE:
+        raise DataError(f"{path}: {len(classes)} classes; a label map can hold 1 to {IGNORE - 1}")
+    return classes
+
+
+def read_split(root: Path, split: str) -> list[Video]:
+    """The videos that DIR/<split>.txt names, every frame with its mask; DataError names what is missing."""
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such data folder; give the one that holds {split}.txt and data/")
+    names = read_lines(root / f"{split}.txt")
+    if not names:
+        raise DataError(f"{root / split}.txt: names no video")
+    return [read_video(root, name, f"{split}.txt") for name in names]
+
+
+def read_video(root: Path, name: str, listed_in: str) -> Video:
+    """The frames and masks of DIR/data/<name>."""
+    folder = root / "data" / name
+    frames = sorted(path for path in (folder / "origin").glob("[!.]*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not frames:
+        raise DataError(f"{folder / 'origin'}: no frames (.jpg or .png), but {listed_in} names this video")
+    masks = [folder / "mask" / f"{frame.stem}.png" for frame in frames]
+    present = set((folder / "mask").glob("*.png"))
+    missing = [mask for mask in masks if mask not in present]
+    if missing:
+        raise DataError(f"{missing[0]}: no such mask ({len(missing)} of this video's {len(masks)} are missing)")
+    return Video(name, frames, masks)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file, decoded; DataError where that fails."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable image ({error}); replace it") from None
+
+
+def read_frame(path: Path) -> Image.Image:
+    """A frame as RGB."""
+    return read_image(path).convert("RGB")
+
+
+def read_index_map(path: Path, size: tuple[int, int]) -> Image.Image:
+    """A single-channel 8-bit image of the given (width, height)."""
+    image = read_image(path)
+    if image.mode not in ("L", "P"):
+        raise DataError(f"{path}: mode {image.mode}; masks are 8-bit single-channel (L or P) images")
+    if image.size != size:
+        raise DataError(f"{path}: {image.width}x{image.height}, but its frame is {size[0]}x{size[1]} (width x height)")
+    return image
+
+
+def read_labels(path: Path, size: tuple[int, int], num_classes: int) -> Image.Image:
+    """A label map of the given (width, height) with the classes as 0 ... K-1 and everything ignored as 255."""
+    image = read_index_map(path, size)
+    image = Image.frombuffer("L", image.size, image.tobytes())  # a palette's indices are the labels themselves
+    found = [value for value, count in enumerate(image.histogram()) if count]
+    wrong = [value for value in found if num_classes < value < IGNORE]
+    if wrong:
+        raise DataError(f"{path}: label {wrong[0]}, but there are {num_classes} classes (1 ... {num_classes}; 0 and 255 are ignored)")
+    return image.point([IGNORE, *range(num_classes), *[IGNORE] * (IGNORE - num_classes)])
+
+
+# ------------------------------------------------------------------------------------------------------------ inference
+
+def fit(size: tuple[int, int], long: float, short: float) -> tuple[int, int]:
+    """(width, height) scaled, up or down, until the long side is at most `long` and the short one at most `short`."""
+    scale = min(long / max(size), short / min(size))
+    return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+
+
+def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) -> Tensor:
+    """A frame -> (3, H, W) float32, normalised: fitted into `frame_size` (long, short), then up to multiples of 32.
+
+    Both resizes are bilinear as OpenCV does it: half-pixel centres, no antialiasing, rounded to whole grey levels.
+    """
+    width, height = fit(image.size, *frame_size)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    for size in (height, width), (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE):
+        x = F.interpolate(x, size, mode="bilinear").round()
+    return (x[0] - MEAN) / STD
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+class ClipDataset(torch.utils.data.Dataset):
+    """Random training clips: item i -> (images (T, 3, h, w) float32, labels (T, h, w) int64, 255 = ignored).
+
+    There is no end to the items; len(videos) in a row are an epoch, one clip of each video. Item i depends on (seed, i)
+    alone. Raises DataError where no video is long enough for `offsets`; shorter ones are left out, in `too_short`.
+    """
+
+    def __init__(self, videos: list[Video], num_classes: int, offsets: Sequence[int], crop: tuple[int, int],
+                 frame_size: Sequence[int] = FRAME_SIZE, scale_range: Sequence[float] = SCALE_RANGE, seed: int = 0):
+        self.videos = [video for video in videos if len(video.frames) > max(offsets)]
+        self.too_short = len(videos) - len(self.videos)
+        if not self.videos:
+            raise DataError(f"none of the {len(videos)} training videos is longer than the largest offset, {max(offsets)} frames; "
+                            "give smaller offsets (--dilation)")
+        self.num_classes, self.offsets, self.crop = num_classes, tuple(offsets), tuple(crop)
+        self.frame_size, self.scale_range, self.seed = tuple(frame_size), tuple(scale_range), seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        epoch, place = divmod(index, len(self.videos))
+        video = self.videos[np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.videos))[place]]
+        rng = np.random.default_rng((self.seed, 1, index))
+        target = rng.integers(max(self.offsets), len(video.frames))
+        clip = [target - offset for offset in (*self.offsets, 0)]
+        if rng.random() < 0.5:  # play the video backwards
+            clip = [len(video.frames) - 1 - t for t in clip]
+        frames = [read_frame(video.frames[t]) for t in clip]
+        labels = [read_labels(video.masks[t], frame.size, self.num_classes) for t, frame in zip(clip, frames)]
+        if len({frame.size for frame in frames}) > 1:
+            raise DataError(f"{video.frames[0].parent}: frames of different sizes; a video has one")
+        return self.augment(frames, labels, rng)
+
+    def augment(self, frames: list[Image.Image], labels: list[Image.Image], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Scale, crop and flip all frames alike, distort the colours of each; normalise and pad to the crop's size."""
+        factor = rng.uniform(*self.scale_range)
+        size = fit(frames[0].size, self.frame_size[0] * factor, self.frame_size[1] * factor)
+        crop, box = self.choose_crop(labels[-1], size, rng)
+        flip = rng.random() < 0.5
+        images = torch.zeros(len(frames), 3, *self.crop)
+        targets = torch.full((len(labels), *self.crop), IGNORE)
+        for i, (frame, label) in enumerate(zip(frames, labels)):
+            # Cropping while resizing: nothing outside the crop is ever scaled.
+            frame = photometric_distortion(frame.resize(crop, Image.Resampling.BILINEAR, box), rng)
+            label = label.resize(crop, Image.Resampling.NEAREST, box)
+            if flip:
+                frame, label = ImageOps.mirror(frame), ImageOps.mirror(label)
+            images[i, :, :crop[1], :crop[0]] = (torch.from_numpy(np.array(frame)).permute(2, 0, 1) - MEAN) / STD
+            targets[i, :crop[1], :crop[0]] = torch.from_numpy(np.array(label))
+        return images, targets
+
+    def choose_crop(self, label: Image.Image, size: tuple[int, int], rng: np.random.Generator):
+        """A crop of the frame scaled to `size`: its (width, height), and the box in the unscaled frame it comes from."""
+        crop = min(size[0], self.crop[1]), min(size[1], self.crop[0])
+        scale = label.width / size[0], label.height / size[1]
+        for _ in range(CROP_TRIES):
+            left, top = rng.integers(size[0] - crop[0] + 1), rng.integers(size[1] - crop[1] + 1)
+            box = left * scale[0], top * scale[1], (left + crop[0]) * scale[0], (top + crop[1]) * scale[1]
+            counts = label.resize(crop, Image.Resampling.NEAREST, box).histogram()[:self.num_classes]
+            if sum(count > 0 for count in counts) > 1 and max(counts) < MAX_CLASS_SHARE * sum(counts):
+                break
+        return crop, box
+
+
+def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Brightness, contrast, saturation and hue, each changed with p = 0.5, contrast before the other two or after."""
+    def coin() -> bool:
+        return rng.random() < 0.5
+
+    def curve(values: np.ndarray) -> list[int]:
+        return values.clip(0, 255).round().astype(int).tolist()
+
+    levels = np.arange(256.0)
+    bright = levels + (rng.uniform(-BRIGHTNESS, BRIGHTNESS) if coin() else 0)
+    contrast = rng.uniform(*CONTRAST) if coin() else 1
+    contrast_first = coin()
+    saturation = rng.uniform(*SATURATION) if coin() else 1
+    hue = rng.uniform(-HUE, HUE) if coin() else 0
+
+    # Whatever acts on each value by itself is a look-up table of 256 entries.
+    image = image.point(curve(bright.clip(0, 255) * (contrast if contrast_first else 1)) * 3)
+    if saturation != 1 or hue != 0:
+        turned = ((levels + 256 * hue).round() % 256).astype(int).tolist()
+        image = image.convert("HSV").point(turned + curve(levels * saturation) + curve(levels)).convert("RGB")
+    return image if contrast_first or contrast == 1 else image.point(curve(levels * contrast) * 3)
