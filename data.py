@@ -22,6 +22,7 @@ MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]  # of ImageNet's R
 STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 FRAME_SIZE = (853, 480)      # VSPW's long and short side: frames are scaled to fit, in training times SCALE_RANGE
 SCALE_RANGE = (0.5, 2.0)
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 STRIDE = 32                  # network inputs are multiples of it
 CROP_TRIES = 10              # for a crop whose target has two classes and none that covers more than
 MAX_CLASS_SHARE = 0.75       # this share of its labelled pixels
@@ -86,15 +87,26 @@ def read_split(root: Path, split: str) -> list[Video]:
 def read_video(root: Path, name: str, listed_in: str) -> Video:
     """The frames and masks of DIR/data/<name>."""
     folder = root / "data" / name
-    frames = sorted(path for path in (folder / "origin").glob("[!.]*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not frames:
-        raise DataError(f"{folder / 'origin'}: no frames (.jpg or .png), but {listed_in} names this video")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such video, but {listed_in} names it")
+    frames = list_frames(folder / "origin")
     masks = [folder / "mask" / f"{frame.stem}.png" for frame in frames]
     present = set((folder / "mask").glob("*.png"))
     missing = [mask for mask in masks if mask not in present]
     if missing:
         raise DataError(f"{missing[0]}: no such mask ({len(missing)} of this video's {len(masks)} are missing)")
     return Video(name, frames, masks)
+
+
+def list_frames(folder: Path) -> list[Path]:
+    """The frames in a folder, in the order of their names."""
+    frames = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in FRAME_SUFFIXES)
+    if not frames:
+        raise DataError(f"{folder}: no frames in it ({', '.join(FRAME_SUFFIXES)})")
+    for first, second in zip(frames, frames[1:]):
+        if first.stem == second.stem:
+            raise DataError(f"{first}: {second.name} has the same name, and would get the same mask; remove one")
+    return frames
 
 
 def read_image(path: Path) -> Image.Image:
@@ -112,6 +124,12 @@ def read_image(path: Path) -> Image.Image:
 def read_frame(path: Path) -> Image.Image:
     """A frame as RGB."""
     return read_image(path).convert("RGB")
+
+
+def check_same_size(path: Path, size: tuple[int, int], first: tuple[int, int]):
+    """DataError where a frame's (width, height) isn't that of its video's first frame."""
+    if size != first:
+        raise DataError(f"{path}: {size[0]}x{size[1]}, but other frames of this video are {first[0]}x{first[1]} (width x height)")
 
 
 def read_index_map(path: Path, size: tuple[int, int]) -> Image.Image:
@@ -184,8 +202,8 @@ class ClipDataset(torch.utils.data.Dataset):
             clip = [len(video.frames) - 1 - t for t in clip]
         frames = [read_frame(video.frames[t]) for t in clip]
         labels = [read_labels(video.masks[t], frame.size, self.num_classes) for t, frame in zip(clip, frames)]
-        if len({frame.size for frame in frames}) > 1:
-            raise DataError(f"{video.frames[0].parent}: frames of different sizes; a video has one")
+        for t, frame in zip(clip, frames):
+            check_same_size(video.frames[t], frame.size, frames[0].size)
         return self.augment(frames, labels, rng)
 
     def augment(self, frames: list[Image.Image], labels: list[Image.Image], rng: np.random.Generator) -> tuple[Tensor, Tensor]:

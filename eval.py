@@ -8,7 +8,9 @@ import argparse
 import colorsys
 import json
 import math
+import re
 import sys
+import time
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
@@ -17,14 +19,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import FRAME_SIZE, IGNORE, DataError, Video, network_input, read_classes, read_frame, read_index_map, read_labels, read_split
+from data import (FRAME_SIZE, IGNORE, DataError, Video, check_same_size, list_frames, network_input, read_classes, read_frame,
+                  read_index_map, read_labels, read_split)
 from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, load_official
 from segformer import MIT_VARIANTS, SegFormer, load_pretrained, load_strictly, read_checkpoint, read_state_dict
 
 WINDOWS = (8, 16)             # n of the video consistencies mVC_n, in frames
 CLASSES_AT_ONCE = 8           # of the logits at full size, when decoding a mask
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PAPER_FPS = {"b0": (73.4, 50.0), "b1": (58.7, 40.1), "b2": (39.2, 32.1), "b5": (17.2, 15.7)}  # SegFormer's and MRCFA's
+ROUNDS, WARM_UP_ROUNDS = 7, 2 # of the benchmark
 COLUMNS = {"mIoU": "mIoU", "weighted_IoU": "weighted IoU", "mVC8": "mVC8", "mVC16": "mVC16", "pixel_accuracy": "pixel acc."}
 
 
@@ -125,45 +132,42 @@ def decode_mask(logits: Tensor, network_size: tuple[int, int], frame_size: tuple
     return mask
 
 
-def single_frames(model: SegFormer) -> Callable[[Tensor], Tensor]:
-    """What `MRCFA.stream` is to MRCFA, for SegFormer, to which every frame stands alone."""
-    return torch.no_grad()(lambda frame: model(frame[None])[0])
-
-
-def segment_video(model: nn.Module, frames: Sequence[Path], frame_size: Sequence[int]) -> Iterator[np.ndarray]:
+def segment_video(model: nn.Module, frames: Sequence[Path], frame_size: Sequence[int], amp: str | None = None) -> Iterator[np.ndarray]:
     """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size."""
     device = next(model.parameters()).device
-    stream = model.stream() if isinstance(model, MRCFA) else single_frames(model)
-    for path in frames:
+    step = model.stream() if isinstance(model, MRCFA) else lambda x: model(x[None])[0]  # SegFormer: each frame by itself
+    for t, path in enumerate(frames):
         image = read_frame(path)
-        x = network_input(image, frame_size).to(device)
-        yield decode_mask(stream(x), x.shape[-2:], (image.height, image.width)).cpu().numpy()
+        size = image.size if t == 0 else size
+        check_same_size(path, image.size, size)
+        with torch.no_grad(), autocast(device, amp):
+            x = network_input(image, frame_size).to(device)
+            logits = step(x).float()
+        yield decode_mask(logits, x.shape[-2:], size[::-1]).cpu().numpy()
+
+
+def autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    """Mixed precision for the network: "bf16", "fp16", or None for plain float32."""
+    return torch.autocast(device.type, AMP.get(amp), enabled=amp is not None)
 
 
 def evaluate(model: nn.Module, videos: list[Video], num_classes: int, frame_size: Sequence[int] = FRAME_SIZE,
-             save: Path | None = None) -> SegmentationMetrics:
+             save: Path | None = None, amp: str | None = None) -> SegmentationMetrics:
     """Segment videos by the protocol and compare with their labels; `save` is a folder for the masks."""
     training, metrics = model.training, SegmentationMetrics(num_classes)
     model.eval()
     with tqdm(total=sum(len(video.frames) for video in videos), desc="evaluate", unit="frame", dynamic_ncols=True) as bar:
         for video in videos:
             masks, labels = [], []
-            for i, mask in enumerate(segment_video(model, video.frames, frame_size)):
+            for i, mask in enumerate(segment_video(model, video.frames, frame_size, amp)):
                 masks.append(mask)
                 labels.append(np.array(read_labels(video.masks[i], mask.shape[::-1], num_classes)))
                 if save:
                     save_mask(mask, save / video.name / f"{video.frames[i].stem}.png")
                 bar.update()
-            update_video(metrics, video, labels, masks)
+            metrics.update(np.stack(labels), np.stack(masks))
     model.train(training)
     return metrics
-
-
-def update_video(metrics: SegmentationMetrics, video: Video, labels: list[np.ndarray], masks: list[np.ndarray]):
-    """Add a video to the metrics; a DataError where its frames differ in size."""
-    if len({label.shape for label in labels}) > 1:
-        raise DataError(f"{video.frames[0].parent}: frames of different sizes; a video has one")
-    metrics.update(np.stack(labels), np.stack(masks))
 
 
 def score(predictions: Path, videos: list[Video], num_classes: int) -> SegmentationMetrics:
@@ -181,7 +185,8 @@ def score(predictions: Path, videos: list[Video], num_classes: int) -> Segmentat
             if masks[-1].max() >= num_classes:
                 raise DataError(f"{path}: class {masks[-1].max()}, but there are {num_classes} (0 ... {num_classes - 1})")
             labels.append(np.array(read_labels(label, size, num_classes)))
-        update_video(metrics, video, labels, masks)
+            check_same_size(frame, size, labels[0].shape[::-1])
+        metrics.update(np.stack(labels), np.stack(masks))
     return metrics
 
 
@@ -256,6 +261,86 @@ def load_released(checkpoint: dict, name: str | None, num_classes: int | None) -
     return model, config
 
 
+def compile_parts(model: nn.Module):
+    """torch.compile whatever runs once a frame."""
+    for name in ("encode", "reference", "segment") if isinstance(model, MRCFA) else ("forward",):
+        setattr(model, name, torch.compile(getattr(model, name)))
+
+
+# ------------------------------------------------------------------------------------------------------------ benchmark
+
+def peak_memory(device: torch.device, reset: bool = False) -> float:
+    """The most memory in use since the last reset, in MB: the GPU's tensors, or on Linux the process; else NaN."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+    except OSError:
+        return math.nan
+
+
+def measure(methods: dict[str, Callable[[], Tensor]], size: tuple[int, int], device: torch.device) -> dict[str, tuple[float, float, float]]:
+    """Seconds a frame of each method by itself, with its mask decoded, and peak memory in MB; medians of rounds in turn."""
+    def seconds(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
+        torch.cuda.synchronize(device) if device.type == "cuda" else None
+        start = time.perf_counter()
+        result = work()
+        torch.cuda.synchronize(device) if device.type == "cuda" else None
+        return time.perf_counter() - start, result
+
+    frame_size = size[0], size[1] * 853 // 864  # as 480x853 frames, for which 480x864 is the network's input
+    network, decoding, memory = {name: [] for name in methods}, {name: [] for name in methods}, {}
+    for i in range(WARM_UP_ROUNDS + ROUNDS):
+        for name, method in methods.items():
+            peak_memory(device, reset=True)
+            t, logits = seconds(method)
+            memory[name] = peak_memory(device)
+            t_decode, _ = seconds(lambda: decode_mask(logits.float(), size, frame_size))
+            if i >= WARM_UP_ROUNDS:
+                network[name].append(t)
+                decoding[name].append(t + t_decode)
+    return {name: (np.median(network[name]), np.median(decoding[name]), memory[name]) for name in methods}
+
+
+@torch.no_grad()
+def benchmark(args: argparse.Namespace):
+    """Print what SegFormer, MRCFA by clips and MRCFA streaming cost, with random weights, on one device."""
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.size[0]}x{args.size[1]}, {args.num_classes or 124} classes, {args.amp or 'float32'}{', compiled' * args.compile}, {name}")
+    print(f"{'':20}{'M params':>10}{'GFLOPs':>9}{'ms':>9}{'FPS':>8}{'ratio':>8}{'paper':>8}   with the mask:{'ms':>9}{'FPS':>8}{'MB':>8}")
+    for variant in args.variants:
+        model = MRCFA(variant, args.num_classes or 124).eval().to(device)
+        frames = len(model.offsets) + 1
+        clip = torch.randn(1, frames, 3, *args.size, device=device)
+        stream = model.stream()
+        for _ in range(max(model.offsets) + 1):  # fill the history
+            stream(clip[0, -1])
+        methods = {"SegFormer": lambda: model.segformer(clip[:, -1])[0], f"MRCFA, clips of {frames}": lambda: model(clip)[0],
+                   "MRCFA, streaming": lambda: stream(clip[0, -1])}
+        flops = {}
+        for method, work in methods.items():
+            with FlopCounterMode(display=False) as counter:
+                work()
+            flops[method] = counter.get_total_flops() / 1e9
+        if args.compile:
+            compile_parts(model)
+            compile_parts(model.segformer)
+        parameters = {method: sum(p.numel() for p in module.parameters()) / 1e6 for method, module in zip(methods, (model.segformer, model, model))}
+        with autocast(device, args.amp):
+            results = measure(methods, tuple(args.size), device)
+        base = results["SegFormer"][0]
+        for method, (network, decoded, memory) in results.items():
+            n = parameters[method] - (method != "SegFormer") * sum(p.numel() for p in model.auxiliary_classifiers.parameters()) / 1e6
+            paper = PAPER_FPS[variant][0] / PAPER_FPS[variant][1] if method.endswith("streaming") and variant in PAPER_FPS else math.nan
+            print(f"{variant + ' ' + method if method == 'SegFormer' else '   ' + method:20}{n:10.2f}{flops[method]:9.1f}{1e3 * network:9.0f}{1 / network:8.2f}"
+                  f"{network / base:8.2f}{'' if math.isnan(paper) else f'{paper:.2f}':>8}   {'':14}{1e3 * decoded:9.0f}{1 / decoded:8.2f}{memory:8.0f}")
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -293,43 +378,77 @@ def refuse_to_overwrite(path: Path):
 
 def parse_args() -> argparse.Namespace:
     """The command line of an evaluation."""
-    parser = ArgumentParser("Evaluate a checkpoint, or saved masks, on labelled videos.")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", type=Path, help="train.py's, or a released one together with --model and --num-classes")
-    source.add_argument("--predictions", type=Path, help="score the masks DIR/<video>/<frame>.png (pixel = class from 0) of any method")
-    parser.add_argument("--model", choices=MODELS, metavar="NAME", help="what a released checkpoint is: mrcfa_b0 ... segformer_b5")
-    parser.add_argument("--num-classes", type=positive, help="how many classes a released checkpoint tells apart")
-    parser.add_argument("--data", type=Path, required=True, help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
+    parser = ArgumentParser("Evaluate a checkpoint or saved masks, segment a folder of frames, or measure the speed.")
+    what = parser.add_argument_group("what to do").add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, help="evaluate this, train.py's or a released one, on --data, or segment --frames with it")
+    what.add_argument("--predictions", type=Path, help="score the masks DIR/<video>/<frame>.png (pixel = class from 0) of any method on --data")
+    what.add_argument("--benchmark", action="store_true", help="measure parameters, operations, time and memory of --variants at --size")
+
+    parser.add_argument("--data", type=Path, help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
     parser.add_argument("--split", default="val", help="which videos: those that DIR/SPLIT.txt names")
-    parser.add_argument("--save", type=Path, help="folder for the predicted masks, palette PNGs")
-    parser.add_argument("--json", type=Path, help="file for the metrics")
+    parser.add_argument("--frames", type=Path, help="a folder of frames without labels; their masks go to --save")
+    parser.add_argument("--save", type=Path, help="new folder for the predicted masks, palette PNGs")
+    parser.add_argument("--json", type=Path, help="new file for the metrics")
     parser.add_argument("--per-class", action="store_true", help="print each class's IoU, too")
-    parser.add_argument("--dilation", type=positive, nargs="+", metavar="N", help="how many frames back the references lie, other than in training")
-    parser.add_argument("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"),
-                        help="scale frames to fit this long and short side, other than in training")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
-    return parser.parse_args()
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=MODELS, metavar="NAME", help="what a released checkpoint is: mrcfa_b0 ... segformer_b5")
+    model.add_argument("--num-classes", type=positive, help="how many classes a released checkpoint tells apart; those of the benchmark (124)")
+    model.add_argument("--dilation", type=positive, nargs="+", metavar="N", help="how many frames back the references lie, other than in training")
+    model.add_argument("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"), help="scale frames to fit this, other than in training")
+    model.add_argument("--amp", choices=AMP, help="mixed precision, for speed on GPUs; float32 without")
+    model.add_argument("--compile", action="store_true", help="torch.compile the network: faster after a minute or so of compilation")
+    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
+
+    benchmark = parser.add_argument_group("benchmark")
+    benchmark.add_argument("--variants", nargs="+", choices=MIT_VARIANTS, default=list(PAPER_FPS), metavar="NAME", help="of b0 ... b5")
+    benchmark.add_argument("--size", type=positive, nargs=2, default=(480, 864), metavar=("H", "W"), help="of the network's input, multiples of 32")
+    args = parser.parse_args()
+    if args.checkpoint and (args.data is None) == (args.frames is None):
+        parser.error("--checkpoint needs --data DIR to evaluate on, or --frames DIR to segment")
+    if args.predictions and args.data is None:
+        parser.error("--predictions needs the labels: --data DIR")
+    if args.frames and args.save is None:
+        parser.error("--frames needs --save DIR for the masks")
+    return args
+
+
+def open_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
+    """The model that the command line asks for, ready to run, and its config."""
+    model, config = load_model(args.checkpoint, args.model, args.num_classes)
+    if args.dilation and isinstance(model, MRCFA):
+        if len(args.dilation) != len(model.offsets):
+            raise DataError(f"--dilation {' '.join(map(str, args.dilation))}: this model takes {len(model.offsets)} references")
+        model.offsets = tuple(args.dilation)
+    config["frame_size"] = args.frame_size or config["frame_size"]
+    model.eval().to(args.device)
+    if args.compile:
+        compile_parts(model)
+    return model, config
 
 
 def main():
-    """Evaluate as the command line says; print and save the metrics."""
+    """Do what the command line says."""
     args = parse_args()
     for path in (args.save, args.json):
         if path:
             refuse_to_overwrite(path)
+    if args.benchmark:
+        return benchmark(args)
+    if args.frames:
+        frames = list_frames(args.frames)
+        model, config = open_model(args)
+        for frame, mask in zip(tqdm(frames, unit="frame", dynamic_ncols=True), segment_video(model, frames, config["frame_size"], args.amp)):
+            save_mask(mask, args.save / f"{frame.stem}.png")
+        return
     videos, classes = read_split(args.data, args.split), read_classes(args.data)
     if args.predictions:
         name, metrics = args.predictions.name, score(args.predictions, videos, len(classes))
     else:
-        model, config = load_model(args.checkpoint, args.model, args.num_classes)
+        model, config = open_model(args)
         if len(config["classes"]) != len(classes):
             raise DataError(f"{args.checkpoint}: tells {len(config['classes'])} classes apart, but {args.data} has {len(classes)}")
-        if args.dilation and isinstance(model, MRCFA):
-            if len(args.dilation) != len(model.offsets):
-                raise DataError(f"--dilation {' '.join(map(str, args.dilation))}: this model takes {len(model.offsets)} references")
-            model.offsets = tuple(args.dilation)
-        name, frame_size = config["model"], args.frame_size or config["frame_size"]
-        metrics = evaluate(model.to(args.device), videos, len(classes), frame_size, args.save)
+        name, metrics = config["model"], evaluate(model, videos, len(classes), config["frame_size"], args.save, args.amp)
     result = metrics.compute()
     print(table(name, result))
     if args.per_class:

@@ -138,7 +138,8 @@ class MixVisionTransformer(nn.Module):
     def __init__(self, config: MixTransformerConfig, drop_path: float = 0.1):
         super().__init__()
         self.channels = config.channels
-        rates = iter(torch.linspace(0, drop_path, sum(config.depths)).tolist())
+        blocks_in_all = sum(config.depths)
+        rates = iter(drop_path * i / (blocks_in_all - 1) for i in range(blocks_in_all))
         self.stages = nn.ModuleList()
         for i, channels in enumerate(config.channels):
             blocks = [Block(channels, config.heads[i], config.reductions[i], config.mlp_ratio, next(rates))
@@ -281,12 +282,17 @@ DEAD_KEYS = re.compile(r"(head|classifier|decode_head\.conv_seg)\.(weight|bias)"
 def read_checkpoint(path) -> dict:
     """The dict that a checkpoint file holds, read with `weights_only=True`; ValueError where it is no such file."""
     try:
+        with open(path, "rb") as file:
+            head = file.read(32).lstrip()
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint file") from None
-    except Exception as error:  # each of torch.load's file formats raises its own
-        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-        raise ValueError(f"{path}: not a readable PyTorch checkpoint ({reason})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}; give a checkpoint file") from None
+    except Exception:  # each of torch.load's file formats raises its own
+        looks = ("a web page: download the file itself" if head.startswith(b"<") else
+                 "a Git LFS pointer: fetch the file itself (git lfs pull)" if head.startswith(b"version https://git-lfs") else
+                 "truncated: download it again" if head.startswith(b"PK") else
+                 "no PyTorch checkpoint, or one that would run code when loaded")
+        raise ValueError(f"{path}: can't be read, looks like {looks}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint but a {type(content).__name__}")
     return content
@@ -322,9 +328,20 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def variant_of(state: dict[str, Tensor]) -> str | None:
+    """Which MiT a state dict, in our naming, has inside, by widths and depths; None where it is no whole one."""
+    widths = tuple(len(value) for key, value in sorted(state.items()) if re.search(r"stages\.\d\.embed\.bias$", key))
+    blocks = [match[1] for key in state if (match := re.search(r"stages\.(\d)\.blocks\.\d+\.norm1\.bias$", key))]
+    depths = tuple(blocks.count(stage) for stage in "0123")
+    return next((name for name, config in MIT_VARIANTS.items() if (config.channels, config.depths) == (widths, depths)), None)
+
+
 def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[str, ...] = ()):
     """`module.load_state_dict(state)` with an error for a person; keys that start with one of `may_miss` can be absent."""
     own = module.state_dict()
+    theirs, ours = variant_of(state), variant_of(own)
+    if None not in (theirs, ours) and theirs != ours:
+        raise ValueError(f"holds the weights of a MiT-{theirs}, this model is built on MiT-{ours}")
     wrong = {
         "missing": [k for k in own if k not in state and not k.startswith(may_miss)],
         "unexpected": [k for k in state if k not in own],
@@ -332,7 +349,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[s
                              for k, v in state.items() if k in own and v.shape != own[k].shape],
     }
     if any(wrong.values()):
-        raise ValueError(f"weights don't fit this {type(module).__name__}: " + "; ".join(
+        raise ValueError(f"its weights don't fit this {type(module).__name__}: " + "; ".join(
             f"{len(keys)} {kind}: {', '.join(keys[:20])}{', ...' * (len(keys) > 20)}" for kind, keys in wrong.items() if keys))
     module.load_state_dict(state, strict=False)
 

@@ -1,0 +1,639 @@
+"""Everything that the five scripts promise, at tiny sizes.
+
+The golden numbers come from the released MRCFA code: its answers, at six places of each output, to weights and clips
+that are functions of a name and a seed (`tensor_for`, `clip_for`).
+"""
+import json
+import math
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import eval as evaluation
+import train as training
+from data import ClipDataset, DataError, fit, network_input, read_labels, read_split
+from eval import SegmentationMetrics, decode_mask
+from mrcfa import MRCFA, AffinityRefinement, load_official, mrcfa_loss, reference_indices
+from segformer import MIT_VARIANTS, SegFormer, load_pretrained, mit, segmentation_loss
+
+
+# ----------------------------------------------------------------------------------- the released code's checkpoints
+
+def tensor_for(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    rng = np.random.RandomState(zlib.crc32(name.encode()))
+    if name.endswith("num_batches_tracked"):
+        return torch.zeros(shape, dtype=torch.int64)
+    if name.endswith("running_var"):
+        array = 1 + 0.1 * rng.rand(*shape)
+    elif len(shape) >= 2:
+        array = rng.randn(*shape) / np.sqrt(np.prod(shape[1:]))
+    else:
+        array = 0.1 * rng.randn(*shape) + (0 if name.endswith(("bias", "running_mean")) else 1)
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def backbone_shapes(variant: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of NVlabs' MiT checkpoints."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def layer(name, *weight):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = weight, weight[:1]
+
+    config, previous = MIT_VARIANTS[variant], 3
+    for i, (c, depth, r) in enumerate(zip(config.channels, config.depths, config.reductions), 1):
+        layer(f"patch_embed{i}.proj", c, previous, *([7, 7] if i == 1 else [3, 3]))
+        layer(f"patch_embed{i}.norm", c)
+        for j in range(depth):
+            block = f"block{i}.{j}"
+            for norm in ("norm1", "norm2") + (("attn.norm",) if r > 1 else ()):
+                layer(f"{block}.{norm}", c)
+            layer(f"{block}.attn.q", c, c)
+            layer(f"{block}.attn.kv", 2 * c, c)
+            layer(f"{block}.attn.proj", c, c)
+            if r > 1:
+                layer(f"{block}.attn.sr", c, c, r, r)
+            layer(f"{block}.mlp.fc1", 4 * c, c)
+            layer(f"{block}.mlp.dwconv.dwconv", 4 * c, 1, 3, 3)
+            layer(f"{block}.mlp.fc2", c, 4 * c)
+        layer(f"norm{i}", c)
+        previous = c
+    return shapes
+
+
+def head_shapes(variant: str, classes: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the SegFormer head in NVlabs' and the released MRCFA's checkpoints."""
+    shapes = {"conv_seg.weight": (classes, 128, 1, 1), "conv_seg.bias": (classes,), "linear_fuse.conv.weight": (256, 1024, 1, 1),
+              "linear_fuse.bn.num_batches_tracked": (), "linear_pred.weight": (classes, 256, 1, 1), "linear_pred.bias": (classes,)}
+    for i, c in enumerate(MIT_VARIANTS[variant].channels, 1):
+        shapes |= {f"linear_c{i}.proj.weight": (256, c), f"linear_c{i}.proj.bias": (256,)}
+    return shapes | {f"linear_fuse.bn.{name}": (256,) for name in ("weight", "bias", "running_mean", "running_var")}
+
+
+def mrcfa_shapes(variant: str, classes: int, stride: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what the released MRCFA has beside SegFormer."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def layer(name, *weight):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = weight, weight[:1]
+
+    for i, c in enumerate(MIT_VARIANTS[variant].channels[1:], 1):
+        layer(f"hypercorre_module.q{i}", c, c)
+        layer(f"hypercorre_module.k{i}", c, c)
+        if i < 3:
+            layer(f"sr{i + 1}", c, c, *[stride // 4 // 2 ** i] * 2)
+    layer("sr1_feat", 256, 256, stride // 8, stride // 8)
+    for i in range(1, 5):
+        layer(f"deco{i}.smalldecoder.1", classes, 256, 1, 1)
+    stacks = {"4": [(1, 1, 3)], "3": [(1, 1, 5)], "2": [(1, 1, 5)], "4to3": [(1, 1, 3)], "3to2": [(1, 1, 3)]}
+    if variant == "b1":
+        stacks = {"4": [(1, 1, 3), (2, 1, 3)], "3": [(1, 1, 3), (2, 1, 3)], "2": [(1, 1, 5), (2, 1, 3)],
+                  "4to3": [(2, 2, 3), (2, 2, 3)], "3to2": [(2, 2, 3), (1, 2, 3)]}
+    for stack, layers in stacks.items():
+        for i, (c_out, c_in, k) in enumerate(layers):
+            layer(f"hypercorre_module.hpn.encoder_layer{stack}.{3 * i}.conv2", c_out, c_in, k, k)
+            layer(f"hypercorre_module.hpn.encoder_layer{stack}.{3 * i + 1}", c_out)
+    return shapes
+
+
+def official_state(variant: str, classes: int, stride: int = 32) -> dict[str, torch.Tensor]:
+    """What torch.load(released checkpoint)["state_dict"] would hold, with the recipe's numbers."""
+    head = head_shapes(variant, classes) | mrcfa_shapes(variant, classes, stride)
+    shapes = {f"backbone.{k}": v for k, v in backbone_shapes(variant).items()} | {f"decode_head.{k}": v for k, v in head.items()}
+    return {name: tensor_for(name, shape) for name, shape in shapes.items()}
+
+
+def clip_for(frames: int, height: int, width: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.RandomState(1234).randn(1, frames, 3, height, width).astype(np.float32))
+
+
+def labels_for(frames: int, height: int, width: int, classes: int) -> torch.Tensor:
+    rng = np.random.RandomState(4321)
+    blocks = rng.randint(0, classes, (1, frames, height // 16, width // 16))
+    blocks[rng.rand(*blocks.shape) < 0.125] = 255
+    return torch.from_numpy(blocks.repeat(16, -2).repeat(16, -1).astype(np.int64))
+
+
+GOLDEN = {
+    ("b0", 64, 96, 32, 124): {
+        "logits": [-0.579858254, 0.09617523, 0.341824625, 0.473718748, 0.267709451, 0.047103384],
+        "single_frame": [0.03703697, -0.5957582, -0.60470593, -0.144221544, -0.96601522, -0.16774866],
+        "first_reference": [0.245184332, 0.696238518, -0.320632398, 0.735933363, -0.267042577, -0.051347777],
+        "loss": 7.153429634883025,
+        "gradients": [1.08608, 0.466613, 0.799969, 2.70025, 0.0155813, 0.0153572, 0.00918052, 4.30118, 0.722335],
+        "features": [-0.03991168, 1.01213896, -0.00223392, 1.02753806, -0.01210265, 1.0014689, 0.00808963, 1.0030514]},
+    ("b1", 128, 192, 32, 124): {
+        "logits": [-0.67400898, 0.58559511, -0.727786303, 0.094124402, 0.190180247, -1.035840482],
+        "single_frame": [-0.069999933, 0.04868485, -0.201928198, -0.648705125, 0.131139636, 0.252927721],
+        "first_reference": [0.635372043, 0.894113839, -1.178493738, -0.481829762, 0.064659543, 0.530973196],
+        "loss": 6.686786305338053,
+        "gradients": [0.368263, 0.398308, 0.768069, 1.7538, 0.0230825, 0.0266861, 0.00883147, 2.40141, 0.376834],
+        "features": [-0.02259039, 0.98873377, 0.00848132, 1.01494288, 0.00041813, 1.01131427, 0.00376999, 1.00374424]},
+    ("b1", 64, 128, 16, 19): {
+        "logits": [1.049733327, -0.357004097, 0.100858241, 0.829892119, 0.14103904, -2.073089692],
+        "single_frame": [1.028192163, 0.81969893, 0.073725149, 0.738957703, -0.488692433, 0.566952169],
+        "first_reference": [0.678258181, 0.351024926, -0.447475821, -0.042600069, 0.57902354, 0.210003227],
+        "loss": 4.414047714631646,
+        "gradients": [0.898812, 0.636581, 1.14584, 2.69874, 0.031225, 0.0261392, 0.0186984, 2.40469, 0.656199],
+        "features": [-0.02110067, 0.99534529, 0.00476753, 1.01363993, 0.00165143, 1.00976443, 0.00158492, 1.00482249]},
+}
+GRADIENTS = ["segformer.encoder.stages.0.embed.weight", "segformer.encoder.stages.1.blocks.0.attn.kv.weight",
+             "segformer.head.linears.3.weight", "segformer.head.fuse.weight", "query2.weight", "key4.weight",
+             "aggregation.g2.convs.0.weight", "value.weight", "classifier.1.weight"]
+
+
+def at_six_places(x: torch.Tensor) -> np.ndarray:
+    return x.detach().double().flatten()[np.linspace(0.013 * x.numel(), 0.987 * x.numel(), 6).astype(int)].numpy()
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda case: f"{case[0]}-{case[1]}x{case[2]}-stride{case[3]}")
+def released(request):
+    variant, height, width, stride, classes = request.param
+    model = MRCFA(variant, classes, stride).eval()
+    load_official(model, {"meta": {}, "state_dict": official_state(variant, classes, stride)})
+    return model, clip_for(4, height, width), labels_for(4, height, width, classes), GOLDEN[request.param]
+
+
+# -------------------------------------------------------------------------------------------------------------- parity
+
+def test_inference_answers_as_the_released_code(released):
+    model, clip, _, golden = released
+    with torch.no_grad():
+        features = model.segformer.encoder(clip[0])
+        np.testing.assert_allclose([f(x).item() for x in features for f in (torch.mean, torch.std)], golden["features"], atol=1e-6)
+        np.testing.assert_allclose(at_six_places(model(clip)), golden["logits"], atol=1e-4)
+        np.testing.assert_allclose(at_six_places(model(clip[:, -1:])), golden["single_frame"], atol=1e-4)
+        np.testing.assert_allclose(at_six_places(model.double()(clip.double())), golden["logits"], atol=1e-7)
+
+
+def test_training_answers_as_the_released_code(released):
+    model, clip, labels, golden = released
+    model.training = True  # and nothing below it: dropout stays off
+    frame_logits, clip_logits = model(clip)
+    np.testing.assert_allclose(at_six_places(frame_logits[:, -1]), golden["single_frame"], atol=1e-4)
+    np.testing.assert_allclose(at_six_places(clip_logits[:, 0]), golden["first_reference"], atol=1e-4)
+    loss = mrcfa_loss(frame_logits, clip_logits, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(golden["loss"], abs=1e-4)
+    parameters = dict(model.named_parameters())
+    assert [parameters[name].grad.norm().item() for name in GRADIENTS] == pytest.approx(golden["gradients"], rel=2e-3)
+    model.double()
+    assert mrcfa_loss(*model(clip.double()), labels).item() == pytest.approx(golden["loss"], abs=1e-7)
+
+
+@pytest.mark.parametrize("variant, classes, stride, mrcfa, segformer", [
+    ("b0", 124, 32, 5.186, 3.746), ("b1", 124, 32, 16.226, 13.709), ("b2", 124, 32, 27.271, 24.754), ("b5", 124, 32, 84.517, 82.001),
+    ("b0", 19, 16, 4.220, None), ("b1", 19, 16, 14.882, None)])
+def test_parameters_in_millions(variant, classes, stride, mrcfa, segformer):
+    with torch.device("meta"):
+        model = MRCFA(variant, classes, stride)
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters()) / 1e6
+
+    assert count(model) - count(model.auxiliary_classifiers) == pytest.approx(mrcfa, abs=1e-3)
+    assert segformer is None or count(model.segformer) == pytest.approx(segformer, abs=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["b3", "b4"])
+@pytest.mark.parametrize("stride", [16, 32])
+def test_every_released_key_of_the_other_variants_is_used(variant, stride):
+    load_official(MRCFA(variant, 3, stride), official_state(variant, 3, stride))
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+def tiny(classes=5, stride=32, offsets=(9, 6, 3)) -> MRCFA:
+    torch.manual_seed(0)
+    return MRCFA("b0", classes, stride, offsets=offsets).eval()
+
+
+def test_refinement_is_a_convolution_of_each_tokens_image():
+    refine = AffinityRefinement((1, 2, 3), (2, 1, 5))
+    images = torch.randn(3, 4, 6, 7)  # 3 clips, 4 tokens
+    expected = images.flatten(0, 1)[:, None]
+    for conv, norm in zip(refine.convs, refine.norms):
+        expected = norm(conv(expected)).relu()
+    torch.testing.assert_close(refine(images), expected[:, 0].unflatten(0, (3, 4)), atol=1e-5, rtol=1e-5)
+
+
+def test_clips_of_a_batch_do_not_see_each_other():
+    model, clips = tiny(), torch.randn(2, 4, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model(clips), torch.cat([model(clip[None]) for clip in clips]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [16, 32])
+@pytest.mark.parametrize("offsets", [(9, 6, 3), (2,)])
+def test_stream_answers_as_the_clips_do(stride, offsets):
+    model, video = tiny(stride=stride, offsets=offsets), torch.randn(14, 3, 64, 96)
+    stream = model.stream()
+    with torch.no_grad():
+        for t, frame in enumerate(video):
+            clip = video[[*reference_indices(t, offsets), t]]
+            torch.testing.assert_close(stream(frame), model(clip[None])[0], atol=1e-5, rtol=1e-5)
+            assert len(stream.history) <= max(offsets)
+
+
+def test_reference_indices_follow_the_protocol():
+    assert [reference_indices(t) for t in (0, 2, 3, 4, 8, 9, 10, 40)] == [
+        [], [], [0, 1, 2], [0, 2, 3], [0, 3, 6], [0, 3, 6], [1, 4, 7], [31, 34, 37]]
+    assert reference_indices(3, (3, 2, 1)) == [0, 1, 2] and reference_indices(5, (4,)) == [1]
+
+
+def test_target_reads_only_what_it_is_given():
+    """Logits change with each reference, and selective token masking at p -> 0 leaves one token of each."""
+    model, clip = tiny(), torch.randn(1, 4, 3, 64, 96)
+    with torch.no_grad():
+        before = model(clip)
+        for i in range(3):
+            other = clip.clone()
+            other[:, i] = torch.randn(3, 64, 96)
+            assert not torch.allclose(model(other), before, atol=1e-4)
+        model.keep_ratio = 1e-6
+        features, fused = model.encode(clip[0])
+        reference = [x[None] for x in model.reference([f[:3] for f in features], fused[:3])]
+        attention, values = model.affinity([f[3:] for f in features], type(model.reference(features, fused))(*reference))
+    assert attention.shape == (1, 8 * 12, 3, 1) and values.shape == (1, 3, 1, 256)
+    assert torch.equal(attention, torch.ones_like(attention))
+
+
+@pytest.mark.parametrize("target_only", [False, True])
+def test_loss_is_the_papers_and_so_are_its_gradients(target_only):
+    torch.manual_seed(0)
+    frame_logits, clip_logits = (torch.randn(2, 3, 5, 8, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    labels = torch.randint(0, 5, (2, 32, 32) if target_only else (2, 3, 32, 32))
+    labels[..., :7] = 255
+
+    def cross_entropy(logits, label):
+        return F.cross_entropy(F.interpolate(logits, (32, 32), mode="bilinear"), label, ignore_index=255, reduction="none").mean()
+
+    target = labels if target_only else labels[:, -1]
+    expected = 0.5 * (cross_entropy(frame_logits[:, -1], labels) if target_only else
+                      sum(cross_entropy(frame_logits[:, t], labels[:, t]) for t in range(3)) / 3)
+    expected = expected + sum(cross_entropy(clip_logits[:, t], target) for t in range(3)) / 3
+    loss = mrcfa_loss(frame_logits, clip_logits, labels)
+    torch.testing.assert_close(loss, expected)
+    for ours, plain in zip(torch.autograd.grad(loss, (frame_logits, clip_logits)), torch.autograd.grad(expected, (frame_logits, clip_logits))):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_model_refuses_what_it_cannot_take():
+    model = tiny()
+    for clip, named in ((torch.zeros(1, 4, 3, 64, 90), "64x90"), (torch.zeros(1, 5, 3, 64, 64), "5 frames")):
+        with pytest.raises(ValueError, match=named):
+            model(clip)
+    with pytest.raises(ValueError, match="3 frames"):
+        model.train()(torch.zeros(1, 3, 3, 64, 64))
+    with pytest.raises(ValueError, match="eval"):
+        model.stream()(torch.zeros(3, 64, 64))
+    for wrong in ({"variant": "b9"}, {"reference_stride": 8}, {"keep_ratio": 1.5}, {"offsets": ()}, {"offsets": (3, 0)}):
+        with pytest.raises(ValueError, match="b9|8|1.5|offsets"):
+            MRCFA(**{"variant": "b0", **wrong})
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+def test_nvlabs_weights_go_into_encoder_segformer_and_mrcfa(tmp_path):
+    encoder = {name: tensor_for("backbone." + name, shape) for name, shape in backbone_shapes("b0").items()}
+    path = tmp_path / "mit_b0.pth"
+    torch.save(encoder | {"head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)}, path)
+    for module in (mit("b0"), SegFormer("b0", 7), MRCFA("b0", 7)):
+        load_pretrained(module, path)
+        inside = getattr(module, "segformer", module)
+        features = getattr(inside, "encoder", inside).eval()(clip_for(4, 64, 96)[0])
+        golden = GOLDEN["b0", 64, 96, 32, 124]["features"]
+        np.testing.assert_allclose([f(x).item() for x in features for f in (torch.mean, torch.std)], golden, atol=1e-6)
+
+    whole = {f"backbone.{k}": v for k, v in encoder.items()} | {
+        f"decode_head.{k}": tensor_for(f"decode_head.{k}", shape) for k, shape in head_shapes("b0", 124).items()}
+    model = SegFormer("b0", 124).eval()
+    load_pretrained(model, {"state_dict": whole})
+    with torch.no_grad():
+        logits = model(clip_for(4, 64, 96)[0, -1:])
+    np.testing.assert_allclose(at_six_places(logits), GOLDEN["b0", 64, 96, 32, 124]["single_frame"], atol=1e-4)
+    with pytest.warns(UserWarning, match="classifier skipped: it has 124 classes, this model 7"):
+        load_pretrained(SegFormer("b0", 7), whole)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    state = official_state("b0", 5)
+    for wrong, match in ((state | {"decode_head.extra.weight": torch.zeros(1)}, "1 unexpected: .*extra"),
+                         ({k: v for k, v in state.items() if "sr1_feat" not in k}, "2 missing: value.weight, value.bias"),
+                         (official_state("b1", 5), "MiT-b1, this model is built on MiT-b0"),
+                         (official_state("b0", 6), "of another shape: .*classifier")):
+        with pytest.raises(ValueError, match=match):
+            load_official(MRCFA("b0", 5), wrong)
+    for content, match in ((b"<!DOCTYPE html>", "web page"), (b"version https://git-lfs.github.com/spec/v1", "LFS"), (b"PK\3\4", "truncated")):
+        (tmp_path / "weights.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=match):
+            load_pretrained(SegFormer("b0", 5), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="no MiT weights"):
+        load_pretrained(SegFormer("b0", 5), {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)})
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+def drifting_videos(seed=0, height=24, width=32, classes=124):
+    """Labels that drift slowly and predictions that flicker around them, for which the released metrics are known."""
+    rng = np.random.RandomState(seed)
+    for length in (20, 17, 16, 31):
+        scene = rng.randint(0, classes, (height // 4, (width + length) // 4 + 1)).repeat(4, 0).repeat(4, 1)
+        scene[rng.rand(*scene.shape) < 0.05] = 255
+        labels = np.stack([scene[:, t // 12:t // 12 + width] for t in range(length)])
+        noise = rng.randint(0, classes, labels.shape)
+        predictions = np.where((rng.rand(*labels.shape) < 0.02) | (labels == 255), noise, labels)
+        biased = rng.rand(height, width) < 0.2
+        predictions[:, biased] = (predictions[:, biased] + 1) % classes
+        yield labels.astype(np.uint8), predictions.astype(np.uint8)
+
+
+def test_metrics_are_the_released_ones():
+    metrics = SegmentationMetrics(124)
+    for labels, predictions in drifting_videos():
+        metrics.update(labels, torch.from_numpy(predictions).long())
+    assert metrics.compute() == pytest.approx({
+        "mIoU": 0.631208815370469, "weighted_IoU": 0.6805026198855385, "pixel_accuracy": 0.7809539339584183,
+        "mVC8": 0.8359410863348004, "mVC16": 0.7408778047814949}, abs=1e-9)
+
+
+def test_metrics_by_hand():
+    metrics = SegmentationMetrics(3)
+    assert all(math.isnan(value) for value in metrics.compute().values())
+    labels = np.zeros((17, 1, 4), dtype=int)
+    labels[:, 0, 3] = 255
+    predictions = labels % 255
+    predictions[4, 0, 0] = 1  # one pixel of four flickers, inside the only window of 16 and in 5 of the 9 of 8
+    metrics.update(labels, predictions)
+    assert metrics.compute() == pytest.approx({"mIoU": 50 / 51, "weighted_IoU": 50 / 51, "pixel_accuracy": 50 / 51,
+                                               "mVC16": 3 / 4, "mVC8": (5 * 3 / 4 + 4) / 9})
+    np.testing.assert_equal(metrics.class_iou(), [50 / 51, math.nan, math.nan])
+    metrics.update(labels[:16], 1 - predictions[:16])  # too short for consistencies
+    assert metrics.compute()["mVC16"] == 3 / 4
+    with pytest.raises(ValueError, match="3"):
+        metrics.update(labels, np.full_like(labels, 3))
+
+
+def test_masks_decode_as_two_interpolations_and_argmax():
+    logits = torch.randn(21, 8, 12).to(memory_format=torch.contiguous_format)
+    full = F.interpolate(F.interpolate(logits[None], (32, 48), mode="bilinear"), (37, 41), mode="bilinear")[0]
+    assert torch.equal(decode_mask(logits, (32, 48), (37, 41)).long(), full.argmax(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+CLASSES = ["sky", "road", "car"]
+
+
+def write_videos(root: Path, lengths: dict[str, int], size=(96, 64)) -> Path:
+    """A data folder in the VSPW layout: a bright square (class 2) before two halves; colours tell the classes."""
+    rng = np.random.default_rng(0)
+    root.mkdir(exist_ok=True)
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    for name, length in lengths.items():
+        for t in range(length):
+            labels = np.full(size[::-1], 1, dtype=np.uint8)
+            labels[size[1] // 2:] = 2
+            labels[20:44, 8 + 3 * t:32 + 3 * t] = 3
+            labels[:4, :4] = 0
+            colours = np.array([(0, 0, 0), (60, 120, 200), (90, 90, 90), (220, 60, 40)], dtype=np.uint8)
+            frame = colours[labels] + rng.integers(0, 20, (*labels.shape, 1), dtype=np.uint8)
+            for folder, array, suffix in (("origin", frame, "jpg"), ("mask", labels, "png")):
+                path = root / "data" / name / folder / f"{t:05d}.{suffix}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(path)
+    (root / "train.txt").write_text("\n".join(name for name in lengths if name != "v"))
+    (root / "val.txt").write_text("v")
+    return root
+
+
+@pytest.fixture
+def videos(tmp_path) -> Path:
+    return write_videos(tmp_path / "videos", {"a": 6, "b": 5, "short": 2, "v": 18})
+
+
+def test_inference_frames_are_resized_as_the_protocol_says():
+    assert fit((1920, 1080), 853, 480) == (853, 480) and fit((320, 240), 853, 480) == (640, 480) and fit((480, 640), 853, 480) == (480, 640)
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 100, 3), dtype=np.uint8)
+
+    def bilinear(x: np.ndarray, size: int, axis: int) -> np.ndarray:  # half-pixel centres, no antialiasing
+        x = np.moveaxis(x, axis, 0)
+        at = ((np.arange(size) + 0.5) * len(x) / size - 0.5).clip(0, len(x) - 1)
+        low, share = at.astype(int), (at % 1)[:, None, None]
+        return np.moveaxis((1 - share) * x[low] + share * x[(low + 1).clip(max=len(x) - 1)], 0, axis)
+
+    expected = pixels.astype(float)
+    for height, width in (23, 50), (32, 64):  # fitted into 50x30, then up to multiples of 32
+        expected = bilinear(bilinear(expected, height, 0), width, 1).round()
+    x = network_input(Image.fromarray(pixels), (50, 30))
+    grey = x * torch.tensor([58.395, 57.12, 57.375])[:, None, None] + torch.tensor([123.675, 116.28, 103.53])[:, None, None]
+    off = abs(grey.permute(1, 2, 0).numpy() - expected)
+    assert off.max() < 1.001 and (off < 1e-3).mean() > 0.99  # but for exact halves
+
+
+def test_clips_keep_frames_and_labels_together(videos, monkeypatch):
+    monkeypatch.setattr(data, "photometric_distortion", lambda image, rng: image)
+    train = read_split(videos, "train")
+    clips = ClipDataset(train, 3, (3, 2, 1), crop=(64, 64), frame_size=(96, 64))
+    assert clips.too_short == 1 and len(clips.videos) == 2
+    colours = torch.tensor([(70, 130, 210), (100, 100, 100), (230, 70, 50)])
+    agree, seen, moves = [], set(), set()
+    for i in range(16):
+        images, labels = clips[i]
+        assert images.shape == (4, 3, 64, 64) and labels.shape == (4, 64, 64) and labels.dtype == torch.int64
+        grey = images * data.STD + data.MEAN
+        nearest = (grey[:, None] - colours[None, :, :, None, None]).abs().sum(2).argmin(1)
+        agree.append((nearest == labels)[labels != 255].float().mean().item())
+        seen |= set(labels.unique().tolist())
+        x = [(label == 2).nonzero()[:, 1].float().mean() for label in labels]
+        moves.add(bool(x[-1] > x[0]))
+    assert np.mean(agree) > 0.95 and seen == {0, 1, 2, 255}
+    assert moves == {True, False}  # flipped or backwards
+
+
+def test_a_clip_depends_on_seed_and_index_alone(videos):
+    def clips(seed):
+        return ClipDataset(read_split(videos, "train"), 3, (3, 2, 1), crop=(32, 32), frame_size=(96, 64), seed=seed)
+
+    first, second = clips(0), clips(0)
+    later = second[5][0]
+    assert torch.equal(first[3][0], second[3][0]) and torch.equal(first[5][0], later)
+    assert not torch.equal(first[3][0], clips(1)[3][0]) and not torch.equal(first[3][0], first[5][0])
+
+
+def test_distortion_changes_each_frame_within_its_limits():
+    image = Image.new("RGB", (8, 8), (100, 150, 200))
+    changed = np.array([np.asarray(data.photometric_distortion(image, np.random.default_rng(i)))[0, 0] for i in range(200)]).astype(int)
+    same = (abs(changed - (100, 150, 200)) <= 1).all(1).mean()
+    assert 0.01 < same < 0.2  # 1/16 of the draws change nothing
+    assert changed.min() >= 0 and changed[:, 2].max() == 255 and np.ptp(changed, axis=0).min() > 60
+
+
+# --------------------------------------------------------------------------------------------------------- the scripts
+
+def run(script, monkeypatch, *args) -> int:
+    """A script's exit code, its main called in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
+    monkeypatch.setattr(evaluation.tqdm, "write", print)
+    try:
+        evaluation.command_line(script.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+SMALL = ["--crop", 64, 64, "--frame-size", 96, 64, "--batch-size", 2, "--dilation", 3, 2, 1, "--warmup", 1, "--workers", 0, "--log-every", 1]
+
+
+@pytest.mark.parametrize("model", ["mrcfa_b0", "segformer_b0"])
+def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert run(training, monkeypatch, "--model", model, "--data", videos, "--out", out, "--iters", 3, "--eval-every", 2, *SMALL) == 0
+    assert "1 of 3 training videos" in capsys.readouterr().out
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in log if "loss" in line] == [1, 2, 3] and [line["iteration"] for line in log if "mIoU" in line] == [2, 3]
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    assert checkpoint["config"] == {"model": model, "classes": CLASSES, "reference_stride": 32, "offsets": [3, 2, 1], "frame_size": [96, 64]}
+
+    masks, result = tmp_path / "masks", tmp_path / "metrics.json"
+    assert run(evaluation, monkeypatch, "--checkpoint", out / "last.pt", "--data", videos, "--save", masks, "--json", result, "--per-class") == 0
+    printed = capsys.readouterr().out
+    assert "mVC16" in printed and "road" in printed
+    metrics = json.loads(result.read_text())
+    assert metrics == {key: log[-1][key] for key in metrics}  # the same as at the end of training
+    saved = sorted((masks / "v").iterdir())
+    with Image.open(saved[0]) as mask:
+        assert len(saved) == 18 and mask.mode == "P" and mask.size == (96, 64)
+    again = tmp_path / "again.json"
+    assert run(evaluation, monkeypatch, "--predictions", masks, "--data", videos, "--json", again) == 0
+    assert json.loads(again.read_text()) == metrics
+
+    for args in ([training, "--data", videos, "--out", out], [evaluation, "--predictions", masks, "--data", videos, "--json", result],
+                 [evaluation, "--checkpoint", out / "last.pt", "--data", videos, "--save", masks]):
+        assert run(args[0], monkeypatch, *args[1:]) == 2
+        assert "exists already" in capsys.readouterr().err
+
+
+def test_resumed_training_ends_where_an_unbroken_one_does(videos, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    args = ["--data", videos, "--iters", 4, "--save-every", 2, *SMALL]
+    assert run(training, monkeypatch, *args, "--out", whole) == 0
+    with monkeypatch.context() as patch:
+        calls = iter(range(3))  # the fourth iteration never happens
+        patch.setattr(training, "loss_of", lambda *a, real=training.loss_of: real(*a) if next(calls, None) is not None else sys.exit(9))
+        assert run(training, patch, *args, "--out", broken) == 9
+    assert torch.load(broken / "last.pt", weights_only=True)["iteration"] == 2
+    assert run(training, monkeypatch, "--resume", "--out", broken) == 0
+    first, second = (torch.load(path / "last.pt", weights_only=True) for path in (whole, broken))
+    for key in first["model"]:
+        assert torch.equal(first["model"][key], second["model"][key]), key
+    logs = [[json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()] for path in (whole, broken)]
+    assert [line["loss"] for line in logs[0][:4]] == [line["loss"] for line in logs[1][:4]]
+
+
+def test_released_checkpoint_goes_through_evaluation(videos, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "mrcfa_b0.pth"
+    torch.save({"meta": {}, "state_dict": official_state("b0", 3)}, path)
+    args = ["--checkpoint", path, "--data", videos, "--frame-size", 96, 64]
+    assert run(evaluation, monkeypatch, *args, "--model", "mrcfa_b0", "--num-classes", 3, "--save", tmp_path / "masks") == 0
+    assert len(list((tmp_path / "masks" / "v").iterdir())) == 18
+    for more, message in ((["--model", "mrcfa_b1", "--num-classes", 3], "MiT-b0"), (["--model", "mrcfa_b0", "--num-classes", 4], "has 3 classes"),
+                          ([], "give --model and --num-classes"), (["--model", "segformer_b0", "--num-classes", 3], "but a MRCFA")):
+        assert run(evaluation, monkeypatch, *args, *more) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert str(path) in error and message in error
+
+
+def spoil(videos: Path, how: str):
+    frame, mask = videos / "data/v/origin/00003.jpg", videos / "data/v/mask/00003.png"
+    if how == "truncated":
+        frame.write_bytes(frame.read_bytes()[:500])
+    elif how == "mask missing":
+        mask.unlink()
+    elif how == "mask size":
+        Image.new("L", (90, 64)).save(mask)
+    elif how == "label":
+        Image.new("L", (96, 64), 7).save(mask)
+    elif how == "mode":
+        Image.new("RGB", (96, 64)).save(mask)
+    elif how == "split":
+        (videos / "val.txt").unlink()
+    elif how == "video":
+        (videos / "val.txt").write_text("v\nnowhere\n")
+
+
+@pytest.mark.parametrize("how, message", [
+    ("truncated", "00003.jpg"), ("mask missing", "00003.png: no such mask"), ("mask size", "90x64, but its frame is 96x64"),
+    ("label", "00003.png: label 7, but there are 3 classes"), ("mode", "mode RGB"), ("split", "val.txt"), ("video", "nowhere")])
+def test_bad_data_is_one_line_that_names_it(how, message, videos, tmp_path, monkeypatch, capsys):
+    spoil(videos, how)
+    (tmp_path / "masks" / "v").mkdir(parents=True)
+    for i in range(18):
+        Image.new("P", (96, 64)).save(tmp_path / "masks" / "v" / f"{i:05d}.png")
+    path = tmp_path / "model.pt"
+    torch.save({"meta": {}, "state_dict": official_state("b0", 3)}, path)
+    args = ["--checkpoint", path, "--model", "mrcfa_b0", "--num-classes", 3, "--data", videos, "--frame-size", 96, 64]
+    assert run(evaluation, monkeypatch, *args) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py:")]
+    assert len(error) == 1 and message in error[0]
+
+
+@pytest.mark.parametrize("script, args, message", [
+    (training, ["--data", "nowhere"], "nowhere: no such data folder"),
+    (training, [], "--data DIR is missing"),
+    (evaluation, ["--checkpoint", "none.pt"], "--checkpoint needs --data"),
+    (evaluation, ["--checkpoint", "none.pt", "--frames", "{videos}/data/v/origin"], "--frames needs --save"),
+    (training, ["--data", "{videos}", "--dilation", "30"], "none of the 3 training videos"),
+    (training, ["--data", "{videos}", "--crop", "60", "64"], "multiples of 32"),
+    (training, ["--model", "mrcfa_b7"], "mrcfa_b7"),
+    (training, ["--resume", "--out", "{videos}/none"], "can't resume"),
+    (training, ["--data", "{videos}", "--pretrained", "none.pth", *map(str, SMALL)], "none.pth"),
+    (evaluation, ["--data", "{videos}", "--checkpoint", "none.pt"], "none.pt"),
+    (evaluation, ["--data", "{videos}", "--predictions", "none"], "none: no such folder"),
+    (evaluation, ["--data", "{videos}", "--predictions", "{videos}/data"], "00000.png: no such image")])
+def test_bad_arguments_are_one_line_that_names_them(script, args, message, videos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(script, monkeypatch, *[arg.format(videos=videos) for arg in args]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{script.__name__}.py")]
+    assert len(error) == 1 and message in error[0]
+
+
+def test_prediction_masks_must_fit(videos, tmp_path, monkeypatch, capsys):
+    for name, size, value in (("size", (90, 64), 0), ("class", (96, 64), 3)):
+        folder = tmp_path / name / "v"
+        folder.mkdir(parents=True)
+        for i in range(18):
+            Image.new("L", size, value).save(folder / f"{i:05d}.png")
+        assert run(evaluation, monkeypatch, "--predictions", folder.parent, "--data", videos) == 2
+    error = capsys.readouterr().err
+    assert "90x64, but its frame is 96x64" in error and "class 3, but there are 3 (0 ... 2)" in error
+
+
+def test_a_spoilt_frame_stops_training_from_inside_a_worker(videos, tmp_path, monkeypatch, capsys):
+    for path in (videos / "data").glob("[ab]/origin/*.jpg"):
+        path.write_bytes(path.read_bytes()[:500])
+    args = [*SMALL]
+    args[args.index("--workers") + 1] = 1
+    assert run(training, monkeypatch, "--data", videos, "--out", tmp_path / "run", "--iters", 2, *args) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training.py") or line.startswith("train.py")]
+    assert len(error) == 1 and "not a readable image" in error[0]
+
+
+def test_segmentation_loss_counts_ignored_pixels():
+    logits, labels = torch.zeros(1, 4, 2, 2), torch.full((1, 8, 8), 255)
+    labels[:, :4] = 1
+    assert segmentation_loss(logits, labels).item() == pytest.approx(math.log(4) / 2)
+
+
+def test_labels_are_read_as_the_layout_says(tmp_path):
+    path = tmp_path / "mask.png"
+    Image.fromarray(np.array([[0, 1, 2, 3, 255]], dtype=np.uint8)).save(path)
+    assert np.array(read_labels(path, (5, 1), 3)).tolist() == [[255, 0, 1, 2, 255]]
+    with pytest.raises(DataError, match="label 3, but there are 2 classes"):
+        read_labels(path, (5, 1), 2)
