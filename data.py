@@ -129,7 +129,7 @@ def read_frame(path: Path) -> Image.Image:
 def check_same_size(path: Path, size: tuple[int, int], first: tuple[int, int]):
     """DataError where a frame's (width, height) isn't that of its video's first frame."""
     if size != first:
-        raise DataError(f"{path}: {size[0]}x{size[1]}, but other frames of this video are {first[0]}x{first[1]} (width x height)")
+        raise DataError(f"{path}: {size[0]}x{size[1]}, but other frames of this video are {first[0]}x{first[1]}")
 
 
 def read_index_map(path: Path, size: tuple[int, int]) -> Image.Image:
@@ -149,7 +149,8 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int) -> Image.Im
     found = [value for value, count in enumerate(image.histogram()) if count]
     wrong = [value for value in found if num_classes < value < IGNORE]
     if wrong:
-        raise DataError(f"{path}: label {wrong[0]}, but there are {num_classes} classes (1 ... {num_classes}; 0 and 255 are ignored)")
+        raise DataError(f"{path}: label {wrong[0]}, but there are {num_classes} classes "
+                        f"(1 ... {num_classes}; 0 and 255 are ignored)")
     return image.point([IGNORE, *range(num_classes), *[IGNORE] * (IGNORE - num_classes)])
 
 
@@ -187,8 +188,8 @@ class ClipDataset(torch.utils.data.Dataset):
         self.videos = [video for video in videos if len(video.frames) > max(offsets)]
         self.too_short = len(videos) - len(self.videos)
         if not self.videos:
-            raise DataError(f"none of the {len(videos)} training videos is longer than the largest offset, {max(offsets)} frames; "
-                            "give smaller offsets (--dilation)")
+            raise DataError(f"none of the {len(videos)} training videos is longer than the largest offset, "
+                            f"{max(offsets)} frames; give smaller offsets (--dilation)")
         self.num_classes, self.offsets, self.crop = num_classes, tuple(offsets), tuple(crop)
         self.frame_size, self.scale_range, self.seed = tuple(frame_size), tuple(scale_range), seed
 
@@ -206,7 +207,8 @@ class ClipDataset(torch.utils.data.Dataset):
             check_same_size(video.frames[t], frame.size, frames[0].size)
         return self.augment(frames, labels, rng)
 
-    def augment(self, frames: list[Image.Image], labels: list[Image.Image], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def augment(self, frames: list[Image.Image], labels: list[Image.Image],
+                rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Scale, crop and flip all frames alike, distort the colours of each; normalise and pad to the crop's size."""
         factor = rng.uniform(*self.scale_range)
         size = fit(frames[0].size, self.frame_size[0] * factor, self.frame_size[1] * factor)
@@ -225,7 +227,7 @@ class ClipDataset(torch.utils.data.Dataset):
         return images, targets
 
     def choose_crop(self, label: Image.Image, size: tuple[int, int], rng: np.random.Generator):
-        """A crop of the frame scaled to `size`: its (width, height), and the box in the unscaled frame it comes from."""
+        """A crop of the frame scaled to `size`: its (width, height), and its box in the unscaled frame."""
         crop = min(size[0], self.crop[1]), min(size[1], self.crop[0])
         scale = label.width / size[0], label.height / size[1]
         for _ in range(CROP_TRIES):

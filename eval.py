@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (FRAME_SIZE, IGNORE, DataError, Video, check_same_size, list_frames, network_input, read_classes, read_frame,
-                  read_index_map, read_labels, read_split)
+from data import (FRAME_SIZE, IGNORE, DataError, Video, check_same_size, list_frames, network_input, read_classes,
+                  read_frame, read_index_map, read_labels, read_split)
 from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, load_official
 from segformer import MIT_VARIANTS, SegFormer, load_pretrained, load_strictly, read_checkpoint, read_state_dict
 
@@ -32,7 +32,8 @@ CLASSES_AT_ONCE = 8           # of the logits at full size, when decoding a mask
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PAPER_FPS = {"b0": (73.4, 50.0), "b1": (58.7, 40.1), "b2": (39.2, 32.1), "b5": (17.2, 15.7)}  # SegFormer's and MRCFA's
 ROUNDS, WARM_UP_ROUNDS = 7, 2 # of the benchmark
-COLUMNS = {"mIoU": "mIoU", "weighted_IoU": "weighted IoU", "mVC8": "mVC8", "mVC16": "mVC16", "pixel_accuracy": "pixel acc."}
+COLUMNS = {"mIoU": "mIoU", "weighted_IoU": "weighted IoU", "mVC8": "mVC8", "mVC16": "mVC16",
+           "pixel_accuracy": "pixel acc."}
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
@@ -46,18 +47,18 @@ class SegmentationMetrics:
         self.consistencies: dict[int, list[float]] = {n: [] for n in WINDOWS}  # one a window, of all videos
 
     def update(self, labels, predictions):
-        """Add one whole video: integer arrays or tensors (frames, H, W). ValueError where they don't fit or a value is no class."""
+        """Add one whole video, integer arrays or tensors (frames, H, W); ValueError where a value is no class."""
         labels, predictions = np.asarray(labels), np.asarray(predictions)
         if labels.ndim != 3 or labels.shape != predictions.shape:
             raise ValueError(f"labels {labels.shape} and predictions {predictions.shape} must both be (frames, H, W)")
         k = self.num_classes
         if predictions.size and not 0 <= predictions.min() <= predictions.max() < k:
-            raise ValueError(f"predictions {predictions.min()} ... {predictions.max()} outside the classes 0 ... {k - 1}")
+            raise ValueError(f"predictions {predictions.min()} ... {predictions.max()} go beyond 0 ... {k - 1}")
         for label, prediction in zip(labels, predictions):
             known = label != IGNORE
             label, prediction = label[known].astype(np.int64), prediction[known].astype(np.int64)
             if label.size and not 0 <= label.min() <= label.max() < k:
-                raise ValueError(f"labels {label.min()} ... {label.max()} outside the classes 0 ... {k - 1} and {IGNORE}")
+                raise ValueError(f"labels {label.min()} ... {label.max()} go beyond 0 ... {k - 1} and {IGNORE}")
             self.confusion += np.bincount(k * label + prediction, minlength=k * k).reshape(k, k)
         if len(labels) > max(WINDOWS):
             self._add_consistencies(labels, predictions)
@@ -132,10 +133,11 @@ def decode_mask(logits: Tensor, network_size: tuple[int, int], frame_size: tuple
     return mask
 
 
-def segment_video(model: nn.Module, frames: Sequence[Path], frame_size: Sequence[int], amp: str | None = None) -> Iterator[np.ndarray]:
+def segment_video(model: nn.Module, frames: Sequence[Path], frame_size: Sequence[int],
+                  amp: str | None = None) -> Iterator[np.ndarray]:
     """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size."""
     device = next(model.parameters()).device
-    step = model.stream() if isinstance(model, MRCFA) else lambda x: model(x[None])[0]  # SegFormer: each frame by itself
+    step = model.stream() if isinstance(model, MRCFA) else lambda x: model(x[None])[0]
     for t, path in enumerate(frames):
         image = read_frame(path)
         size = image.size if t == 0 else size
@@ -156,7 +158,8 @@ def evaluate(model: nn.Module, videos: list[Video], num_classes: int, frame_size
     """Segment videos by the protocol and compare with their labels; `save` is a folder for the masks."""
     training, metrics = model.training, SegmentationMetrics(num_classes)
     model.eval()
-    with tqdm(total=sum(len(video.frames) for video in videos), desc="evaluate", unit="frame", dynamic_ncols=True) as bar:
+    frames = sum(len(video.frames) for video in videos)
+    with tqdm(total=frames, desc="evaluate", unit="frame", dynamic_ncols=True) as bar:
         for video in videos:
             masks, labels = [], []
             for i, mask in enumerate(segment_video(model, video.frames, frame_size, amp)):
@@ -183,7 +186,7 @@ def score(predictions: Path, videos: list[Video], num_classes: int) -> Segmentat
             path = predictions / video.name / f"{frame.stem}.png"
             masks.append(np.array(read_index_map(path, size)))
             if masks[-1].max() >= num_classes:
-                raise DataError(f"{path}: class {masks[-1].max()}, but there are {num_classes} (0 ... {num_classes - 1})")
+                raise DataError(f"{path}: class {masks[-1].max()}, but there are only 0 ... {num_classes - 1}")
             labels.append(np.array(read_labels(label, size, num_classes)))
             check_same_size(frame, size, labels[0].shape[::-1])
         metrics.update(np.stack(labels), np.stack(masks))
@@ -192,8 +195,8 @@ def score(predictions: Path, videos: list[Video], num_classes: int) -> Segmentat
 
 def palette(size: int = 256) -> list[int]:
     """RGB triples of distinct colours: hues a golden ratio apart, in three brightnesses."""
-    colours = (colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + 0.2 * (i % 3), 0.95 - 0.2 * (i // 3 % 3)) for i in range(size))
-    return [round(255 * value) for colour in colours for value in colour]
+    colours = ((i * 0.618034 % 1, 0.55 + 0.2 * (i % 3), 0.95 - 0.2 * (i // 3 % 3)) for i in range(size))
+    return [round(255 * value) for colour in colours for value in colorsys.hsv_to_rgb(*colour)]
 
 
 def save_mask(mask: np.ndarray, path: Path):
@@ -218,7 +221,7 @@ def build_model(config: dict) -> nn.Module:
 
 
 def load_model(path: Path, name: str | None = None, num_classes: int | None = None) -> tuple[nn.Module, dict]:
-    """The model of a checkpoint, and its config: one of train.py's, or a released file of the given name and class count.
+    """The model of a checkpoint, one of train.py's or a released one of that name and class count, and its config.
 
     Raises DataError where the file is none, or is of another model or class count than asked for.
     """
@@ -242,17 +245,17 @@ def load_model(path: Path, name: str | None = None, num_classes: int | None = No
 
 
 def load_released(checkpoint: dict, name: str | None, num_classes: int | None) -> tuple[nn.Module, dict]:
-    """A model out of a released MRCFA or SegFormer checkpoint, and what would be its config; ValueError if it doesn't fit."""
+    """The model of a released MRCFA or SegFormer checkpoint, and what would be its config; else ValueError."""
     state = read_state_dict(checkpoint)
     if name is None or num_classes is None:
         raise ValueError("is not one of train.py's checkpoints; for a released one give --model and --num-classes")
-    classifier_bias, values = state.get("decode_head.linear_pred.bias"), state.get("decode_head.sr1_feat.weight")
+    classifier_bias, value = state.get("decode_head.linear_pred.bias"), state.get("decode_head.sr1_feat.weight")
     if classifier_bias is not None and len(classifier_bias) != num_classes:
         raise ValueError(f"has {len(classifier_bias)} classes, but --num-classes says {num_classes}")
-    if name.startswith("mrcfa") != (values is not None):
-        raise ValueError(f"is not the {name} that --model asks for, but a {'SegFormer' if values is None else 'MRCFA'}")
+    if name.startswith("mrcfa") != (value is not None):
+        raise ValueError(f"is {'a SegFormer' if value is None else 'an MRCFA'}, but --model says {name}")
     config = {"model": name, "classes": [f"class {i}" for i in range(num_classes)], "offsets": OFFSETS,
-              "reference_stride": REFERENCE_STRIDE if values is None else 8 * values.shape[-1], "frame_size": FRAME_SIZE}
+              "reference_stride": REFERENCE_STRIDE if value is None else 8 * value.shape[-1], "frame_size": FRAME_SIZE}
     model = build_model(config)
     if isinstance(model, MRCFA):
         load_official(model, state)
@@ -283,62 +286,63 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
         return math.nan
 
 
-def measure(methods: dict[str, Callable[[], Tensor]], size: tuple[int, int], device: torch.device) -> dict[str, tuple[float, float, float]]:
-    """Seconds a frame of each method by itself, with its mask decoded, and peak memory in MB; medians of rounds in turn."""
+def measure(methods: dict[str, Callable[[], Tensor]], size: tuple[int, int],
+            device: torch.device) -> dict[str, tuple[float, float, float]]:
+    """Seconds a frame of each method, and with its mask decoded, medians of several rounds in turn; its peak MB."""
     def seconds(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
-        torch.cuda.synchronize(device) if device.type == "cuda" else None
         start = time.perf_counter()
         result = work()
-        torch.cuda.synchronize(device) if device.type == "cuda" else None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter() - start, result
 
-    frame_size = size[0], size[1] * 853 // 864  # as 480x853 frames, for which 480x864 is the network's input
-    network, decoding, memory = {name: [] for name in methods}, {name: [] for name in methods}, {}
-    for i in range(WARM_UP_ROUNDS + ROUNDS):
+    times: dict[str, list] = {name: [] for name in methods}
+    memory = {}
+    for _ in range(WARM_UP_ROUNDS + ROUNDS):
         for name, method in methods.items():
             peak_memory(device, reset=True)
-            t, logits = seconds(method)
+            network, logits = seconds(method)
             memory[name] = peak_memory(device)
-            t_decode, _ = seconds(lambda: decode_mask(logits.float(), size, frame_size))
-            if i >= WARM_UP_ROUNDS:
-                network[name].append(t)
-                decoding[name].append(t + t_decode)
-    return {name: (np.median(network[name]), np.median(decoding[name]), memory[name]) for name in methods}
+            decoding, _ = seconds(lambda: decode_mask(logits.float(), size, FRAME_SIZE[::-1]))
+            times[name].append((network, network + decoding))
+    return {name: (*np.median(times[name][WARM_UP_ROUNDS:], axis=0), memory[name]) for name in methods}
 
 
 @torch.no_grad()
 def benchmark(args: argparse.Namespace):
-    """Print what SegFormer, MRCFA by clips and MRCFA streaming cost, with random weights, on one device."""
-    device = torch.device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.size[0]}x{args.size[1]}, {args.num_classes or 124} classes, {args.amp or 'float32'}{', compiled' * args.compile}, {name}")
-    print(f"{'':20}{'M params':>10}{'GFLOPs':>9}{'ms':>9}{'FPS':>8}{'ratio':>8}{'paper':>8}   with the mask:{'ms':>9}{'FPS':>8}{'MB':>8}")
+    """Print what SegFormer, MRCFA by clips and MRCFA streaming cost with random weights, as a Markdown table."""
+    device, size, num_classes = torch.device(args.device), tuple(args.size), args.num_classes or 124
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    how = f"{args.amp or 'float32'}{', compiled' * args.compile}, {hardware}"
+    print(f"{size[0]}x{size[1]}, {num_classes} classes, {how}\n")
+    print("| | M params | GFLOPs | ms | FPS | / SegFormer | paper's | ms with mask | FPS with mask | peak MB |")
+    print("|---|" + "---:|" * 9)
     for variant in args.variants:
-        model = MRCFA(variant, args.num_classes or 124).eval().to(device)
-        frames = len(model.offsets) + 1
-        clip = torch.randn(1, frames, 3, *args.size, device=device)
+        model = MRCFA(variant, num_classes).eval().to(device)
+        clip = torch.randn(1, len(model.offsets) + 1, 3, *size, device=device)
         stream = model.stream()
         for _ in range(max(model.offsets) + 1):  # fill the history
             stream(clip[0, -1])
-        methods = {"SegFormer": lambda: model.segformer(clip[:, -1])[0], f"MRCFA, clips of {frames}": lambda: model(clip)[0],
-                   "MRCFA, streaming": lambda: stream(clip[0, -1])}
-        flops = {}
-        for method, work in methods.items():
+        methods = {"SegFormer": lambda: model.segformer(clip[:, -1])[0], "MRCFA by clips": lambda: model(clip)[0],
+                   "MRCFA streaming": lambda: stream(clip[0, -1])}
+        gflops = {}
+        for name, method in methods.items():
             with FlopCounterMode(display=False) as counter:
-                work()
-            flops[method] = counter.get_total_flops() / 1e9
+                method()
+            gflops[name] = counter.get_total_flops() / 1e9
         if args.compile:
             compile_parts(model)
             compile_parts(model.segformer)
-        parameters = {method: sum(p.numel() for p in module.parameters()) / 1e6 for method, module in zip(methods, (model.segformer, model, model))}
         with autocast(device, args.amp):
-            results = measure(methods, tuple(args.size), device)
-        base = results["SegFormer"][0]
-        for method, (network, decoded, memory) in results.items():
-            n = parameters[method] - (method != "SegFormer") * sum(p.numel() for p in model.auxiliary_classifiers.parameters()) / 1e6
-            paper = PAPER_FPS[variant][0] / PAPER_FPS[variant][1] if method.endswith("streaming") and variant in PAPER_FPS else math.nan
-            print(f"{variant + ' ' + method if method == 'SegFormer' else '   ' + method:20}{n:10.2f}{flops[method]:9.1f}{1e3 * network:9.0f}{1 / network:8.2f}"
-                  f"{network / base:8.2f}{'' if math.isnan(paper) else f'{paper:.2f}':>8}   {'':14}{1e3 * decoded:9.0f}{1 / decoded:8.2f}{memory:8.0f}")
+            costs = measure(methods, size, device)
+        count = {name: sum(p.numel() for n, p in model.named_parameters() if not n.startswith("auxiliary")
+                           and (name != "SegFormer" or n.startswith("segformer"))) / 1e6 for name in methods}
+        for name, (network, with_mask, megabytes) in costs.items():
+            streaming = name == "MRCFA streaming" and variant in PAPER_FPS
+            paper = f"{PAPER_FPS[variant][0] / PAPER_FPS[variant][1]:.2f}" if streaming else ""
+            ratio = network / costs["SegFormer"][0]
+            print(f"| {variant} {name} | {count[name]:.2f} | {gflops[name]:.1f} | {1e3 * network:.0f} | {1 / network:.2f} | "
+                  f"{ratio:.2f} | {paper} | {1e3 * with_mask:.0f} | {1 / with_mask:.2f} | {megabytes:.0f} |", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -361,7 +365,7 @@ def positive(text: str) -> int:
 
 
 def command_line(main: Callable[[], None]):
-    """Run a script's main; a DataError, be it out of a loader's worker process, ends it with one line and exit code 2."""
+    """Run a script's main; a DataError, even of a loader's worker process, ends it with one line and exit code 2."""
     try:
         main()
     except DataError as error:
@@ -379,30 +383,33 @@ def refuse_to_overwrite(path: Path):
 def parse_args() -> argparse.Namespace:
     """The command line of an evaluation."""
     parser = ArgumentParser("Evaluate a checkpoint or saved masks, segment a folder of frames, or measure the speed.")
-    what = parser.add_argument_group("what to do").add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=Path, help="evaluate this, train.py's or a released one, on --data, or segment --frames with it")
-    what.add_argument("--predictions", type=Path, help="score the masks DIR/<video>/<frame>.png (pixel = class from 0) of any method on --data")
-    what.add_argument("--benchmark", action="store_true", help="measure parameters, operations, time and memory of --variants at --size")
+    what = parser.add_mutually_exclusive_group(required=True).add_argument
+    what("--checkpoint", type=Path, help="evaluate it on --data, or segment --frames; train.py's or a released one")
+    what("--predictions", type=Path, help="score the masks DIR/<video>/<frame>.png (pixel = class from 0)")
+    what("--benchmark", action="store_true", help="measure parameters, operations, time and memory of --variants")
 
-    parser.add_argument("--data", type=Path, help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
-    parser.add_argument("--split", default="val", help="which videos: those that DIR/SPLIT.txt names")
-    parser.add_argument("--frames", type=Path, help="a folder of frames without labels; their masks go to --save")
-    parser.add_argument("--save", type=Path, help="new folder for the predicted masks, palette PNGs")
-    parser.add_argument("--json", type=Path, help="new file for the metrics")
-    parser.add_argument("--per-class", action="store_true", help="print each class's IoU, too")
+    files = parser.add_argument_group("files").add_argument
+    files("--data", type=Path, help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
+    files("--split", default="val", help="which videos: those that DIR/SPLIT.txt names")
+    files("--frames", type=Path, help="a folder of frames without labels; their masks go to --save")
+    files("--save", type=Path, help="new folder for the predicted masks, palette PNGs")
+    files("--json", type=Path, help="new file for the metrics")
+    files("--per-class", action="store_true", help="print each class's IoU, too")
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=MODELS, metavar="NAME", help="what a released checkpoint is: mrcfa_b0 ... segformer_b5")
-    model.add_argument("--num-classes", type=positive, help="how many classes a released checkpoint tells apart; those of the benchmark (124)")
-    model.add_argument("--dilation", type=positive, nargs="+", metavar="N", help="how many frames back the references lie, other than in training")
-    model.add_argument("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"), help="scale frames to fit this, other than in training")
-    model.add_argument("--amp", choices=AMP, help="mixed precision, for speed on GPUs; float32 without")
-    model.add_argument("--compile", action="store_true", help="torch.compile the network: faster after a minute or so of compilation")
-    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
+    model = parser.add_argument_group("model").add_argument
+    model("--model", choices=MODELS, metavar="NAME", help="what a released checkpoint is: mrcfa_b0 ... segformer_b5")
+    model("--num-classes", type=positive, help="of a released checkpoint; of the benchmark, there 124 by default")
+    model("--dilation", type=positive, nargs="+", metavar="N",
+          help="how many frames back the references lie, if not as in training")
+    model("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"),
+          help="scale frames to fit this, if not as in training")
+    model("--amp", choices=AMP, help="mixed precision, for speed on GPUs; float32 without")
+    model("--compile", action="store_true", help="torch.compile the network: pays after a minute or so of compilation")
+    model("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
 
-    benchmark = parser.add_argument_group("benchmark")
-    benchmark.add_argument("--variants", nargs="+", choices=MIT_VARIANTS, default=list(PAPER_FPS), metavar="NAME", help="of b0 ... b5")
-    benchmark.add_argument("--size", type=positive, nargs=2, default=(480, 864), metavar=("H", "W"), help="of the network's input, multiples of 32")
+    speed = parser.add_argument_group("benchmark").add_argument
+    speed("--variants", nargs="+", choices=MIT_VARIANTS, default=list(PAPER_FPS), metavar="NAME", help="of b0 ... b5")
+    speed("--size", type=positive, nargs=2, default=(480, 864), metavar=("H", "W"), help="of the input, multiples of 32")
     args = parser.parse_args()
     if args.checkpoint and (args.data is None) == (args.frames is None):
         parser.error("--checkpoint needs --data DIR to evaluate on, or --frames DIR to segment")
@@ -418,7 +425,7 @@ def open_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     model, config = load_model(args.checkpoint, args.model, args.num_classes)
     if args.dilation and isinstance(model, MRCFA):
         if len(args.dilation) != len(model.offsets):
-            raise DataError(f"--dilation {' '.join(map(str, args.dilation))}: this model takes {len(model.offsets)} references")
+            raise DataError(f"--dilation {args.dilation}: the model takes {len(model.offsets)} references")
         model.offsets = tuple(args.dilation)
     config["frame_size"] = args.frame_size or config["frame_size"]
     model.eval().to(args.device)
@@ -438,8 +445,9 @@ def main():
     if args.frames:
         frames = list_frames(args.frames)
         model, config = open_model(args)
-        for frame, mask in zip(tqdm(frames, unit="frame", dynamic_ncols=True), segment_video(model, frames, config["frame_size"], args.amp)):
-            save_mask(mask, args.save / f"{frame.stem}.png")
+        masks = segment_video(model, frames, config["frame_size"], args.amp)
+        for frame in tqdm(frames, desc="segment", unit="frame", dynamic_ncols=True):
+            save_mask(next(masks), args.save / f"{frame.stem}.png")
         return
     videos, classes = read_split(args.data, args.split), read_classes(args.data)
     if args.predictions:
@@ -447,12 +455,14 @@ def main():
     else:
         model, config = open_model(args)
         if len(config["classes"]) != len(classes):
-            raise DataError(f"{args.checkpoint}: tells {len(config['classes'])} classes apart, but {args.data} has {len(classes)}")
-        name, metrics = config["model"], evaluate(model, videos, len(classes), config["frame_size"], args.save, args.amp)
+            raise DataError(f"{args.checkpoint}: has {len(config['classes'])} classes, but {args.data} {len(classes)}")
+        name = config["model"]
+        metrics = evaluate(model, videos, len(classes), config["frame_size"], args.save, args.amp)
     result = metrics.compute()
     print(table(name, result))
     if args.per_class:
-        print("\n".join(f"{class_name:30} {percent(iou):>6}" for class_name, iou in zip(classes, metrics.class_iou())))
+        for class_name, iou in zip(classes, metrics.class_iou()):
+            print(f"{class_name:30} {percent(iou):>6}")
     if args.json:
         args.json.write_text(json.dumps(json_metrics(result), indent=2) + "\n")
 

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segformer import EMBED_DIM, SegFormer, classifier, load_strictly, read_state_dict, rename, segmentation_loss
+from segformer import (EMBED_DIM, SegFormer, classifier, load_strictly, read_state_dict, rename,
+                       segmentation_loss)
 
 OFFSETS = (9, 6, 3)            # how far back the references lie, in frames, oldest first
 REFERENCE_STRIDE = 32          # 32 for VSPW, 16 for Cityscapes
@@ -72,7 +73,7 @@ class AffinityRefinement(nn.Module):
 
     def __init__(self, *layers: tuple[int, int, int]):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2) for c_in, c_out, kernel in layers)
+        self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, k, padding=k // 2) for c_in, c_out, k in layers)
         self.norms = nn.ModuleList(nn.GroupNorm(1, c_out) for _, c_out, _ in layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,12 +157,13 @@ class MRCFA(nn.Module):
         features, fused = self.encode(clip.transpose(0, 1).flatten(0, 1))                        # (T B, C_l, h_l, w_l)
         split = [x.split([(frames - 1) * batch, batch]) for x in (*features, fused)]
         (*past_features, past_fused), (*target_features, target_fused) = zip(*split)
-        references = Reference(*(x.unflatten(0, (-1, batch)).transpose(0, 1) for x in self.reference(past_features, past_fused)))
+        past = self.reference(past_features, past_fused)                                         # ((T-1) B, N, C)
+        references = Reference(*(x.unflatten(0, (-1, batch)).transpose(0, 1) for x in past))     # (B, T-1, N, C)
         if not self.training:
             return self.segment(target_features, target_fused, references)
 
         attention, values = self.affinity(target_features, references)
-        each = attention.transpose(1, 2) @ values                                                # O_i (B, T-1, n_2, 256)
+        each = attention.transpose(1, 2) @ values                                                # (B, T-1, n_2, 256)
         own = F.avg_pool2d(target_fused, 2)
         outputs = [o.transpose(1, 2).unflatten(2, own.shape[-2:]) for o in each.unbind(1)]       # (B, 256, h_2, w_2)
         clip_logits = [classify(o) for classify, o in zip(self.auxiliary_classifiers, outputs)]
@@ -189,43 +191,36 @@ class MRCFA(nn.Module):
         return upsample(self.classifier(out.transpose(1, 2).unflatten(2, own.shape[-2:]) + own))
 
     def affinity(self, features: list[Tensor], references: Reference) -> tuple[Tensor, Tensor]:
-        """What the target reads where: B (B, n_2, T-1, m), softmax over the last axis, and the kept V (B, T-1, m, 256)."""
+        """The target's softmax weights B (B, n_2, T-1, m), on the kept values V (B, T-1, m, 256)."""
         _, f2, f3, f4 = features
-
-        def affine(query: nn.Linear, feature: Tensor, keys: Tensor) -> Tensor:                   # A^l of all references
-            a = query(tokens(feature)) @ keys.flatten(1, 2).transpose(1, 2)                      # (B, n_l, M)
-            return a.transpose(1, 2).unflatten(2, feature.shape[-2:])                            # (B, M, h_l, w_l)
-
-        a4 = affine(self.query4, f4, references.key4).unflatten(1, (len(self.offsets), -1))      # (B, T-1, n_4, h_4, w_4)
-        kept, a4 = self.selective_token_masking(a4)
+        a4 = self.query4(tokens(f4)) @ references.key4.flatten(1, 2).mT                          # (B, n_4, (T-1) n_4)
+        kept, a4 = self.selective_token_masking(a4.unflatten(2, (len(self.offsets), -1)), f4.shape[-2:])
 
         def keep(x: Tensor) -> Tensor:                                                           # (B, T-1, N, C)
             return x.take_along_dim(kept[..., None], 2)                                          # (B, T-1, m, C)
 
-        m2 = self.aggregation(affine(self.query2, f2, keep(references.key2)),
-                              affine(self.query3, f3, keep(references.key3)), a4)
+        a3 = self.query3(tokens(f3)) @ keep(references.key3).flatten(1, 2).mT                    # (B, n_3, M)
+        a2 = self.query2(tokens(f2)) @ keep(references.key2).flatten(1, 2).mT                    # (B, n_2, M)
+        m2 = self.aggregation(*(a.mT.unflatten(2, f.shape[-2:]) for a, f in ((a2, f2), (a3, f3), (a4, f4))))
         return tokens(m2).unflatten(2, kept.shape[1:]).softmax(-1), keep(references.value)
 
-    def selective_token_masking(self, a4: Tensor) -> tuple[Tensor, Tensor]:
-        """STM: which tokens of each reference are kept (B, T-1, m), and their A^4 (B, (T-1) m, h_4, w_4).
+    def selective_token_masking(self, a4: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """STM: which tokens of each reference are kept, (B, T-1, m), and A^4 of these alone, (B, n_4, M).
 
-        Goes in: A^4 of all tokens, (B, T-1, n_4, h_4, w_4). A token is as important as its 5 largest affinities add up
-        to. How many are kept depends on the frame's size alone, so that every shape is a constant.
+        `a4` (B, n_4, T-1, n_4) has all tokens, on the references' (h_4, w_4) `grid`. A token is as important as its 5
+        largest affinities add up to. How many are kept follows from the frame's size: every shape is a constant.
         """
-        grid = a4.shape[-2:]
-        a4 = a4.flatten(3).transpose(2, 3)                                                       # (B, T-1, target, n_4)
-        importance = a4.topk(min(IMPORTANCE_TOP, a4.shape[2]), dim=2).values.sum(2)              # (B, T-1, n_4)
-        if self.reference_stride < 32:  # the keys of stage 4 lie at stride 32: resize along the references' axis
+        importance = a4.topk(min(IMPORTANCE_TOP, a4.shape[1]), dim=1).values.sum(1)              # (B, T-1, n_4)
+        if self.reference_stride < 32:  # the other keys lie on a finer grid: resize along the references' axis
 
-            def resize(x: Tensor) -> Tensor:                                                     # (..., n_4) -> (..., N)
-                images = x.unflatten(-1, grid).flatten(0, -4)
+            def resize(x: Tensor) -> Tensor:                                                     # (..., T-1, n_4)
+                images = x.unflatten(-1, grid).flatten(0, -4)                                    # (-1, T-1, h_4, w_4)
                 images = F.interpolate(images, scale_factor=32 // self.reference_stride, mode="bilinear")
-                return images.flatten(2).unflatten(0, x.shape[:-2])
+                return images.flatten(2).unflatten(0, x.shape[:-2])                              # (..., T-1, N)
 
             a4, importance = resize(a4), resize(importance)
         kept = importance.topk(max(1, int(self.keep_ratio * importance.shape[-1]))).indices      # (B, T-1, m)
-        a4 = a4.take_along_dim(kept[:, :, None], 3)                                              # (B, T-1, n_4, m)
-        return kept, a4.permute(0, 1, 3, 2).flatten(1, 2).unflatten(2, grid)
+        return kept, a4.take_along_dim(kept[:, None], 3).flatten(2)
 
     def stream(self) -> "Stream":
         """Segment one video frame by frame, each encoded once: `stream(frame)`, (3, H, W) -> (K, H/4, W/4)."""
@@ -238,7 +233,7 @@ def upsample(logits: Tensor) -> Tensor:
 
 
 class Stream:
-    """One video, frame by frame: every frame is encoded once, and its keys and values are kept while they can be needed.
+    """One video, frame by frame: each is encoded once, its keys and values are kept while they can be needed.
 
     Call with the next frame (3, H, W) -> its logits (K, H/4, W/4), the same as from the clip of that frame and its
     references (`reference_indices`). Memory is constant: what max(offsets) frames contribute. A new video needs a new
@@ -256,7 +251,7 @@ class Stream:
         features, fused = self.model.encode(frame[None])
         indices = reference_indices(self.t, self.offsets)
         if indices:
-            chosen = [self.history[i - self.t] for i in indices]                                 # i - t counts from the end
+            chosen = [self.history[i - self.t] for i in indices]  # i - t counts from the end
             references = Reference(*(torch.stack(x, dim=1) for x in zip(*chosen)))
             logits = self.model.segment(features, fused, references)
         else:

@@ -288,18 +288,18 @@ def read_checkpoint(path) -> dict:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}; give a checkpoint file") from None
     except Exception:  # each of torch.load's file formats raises its own
-        looks = ("a web page: download the file itself" if head.startswith(b"<") else
-                 "a Git LFS pointer: fetch the file itself (git lfs pull)" if head.startswith(b"version https://git-lfs") else
-                 "truncated: download it again" if head.startswith(b"PK") else
-                 "no PyTorch checkpoint, or one that would run code when loaded")
-        raise ValueError(f"{path}: can't be read, looks like {looks}") from None
+        signs = {b"<": "a web page: download the file itself", b"PK": "a truncated checkpoint: download it again",
+                 b"version https://git-lfs": "a Git LFS pointer: fetch the file itself (git lfs pull)"}
+        looks = next((looks for sign, looks in signs.items() if head.startswith(sign)),
+                     "no PyTorch checkpoint, or one that would run code when loaded")
+        raise ValueError(f"{path}: can't be read, it looks like {looks}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint but a {type(content).__name__}")
     return content
 
 
 def read_state_dict(source) -> dict[str, Tensor]:
-    """The state dict in a checkpoint's path or dict, where it is bare or under "state_dict" or "model"; else ValueError."""
+    """The state dict in a checkpoint (path or dict), bare or under "state_dict" or "model"; else ValueError."""
     state = source if isinstance(source, dict) else read_checkpoint(source)
     for wrapper in ("state_dict", "model"):
         if isinstance(state.get(wrapper), dict):
@@ -311,7 +311,7 @@ def read_state_dict(source) -> dict[str, Tensor]:
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of NVlabs' or Hugging Face's MiT or SegFormer with the keys of our `SegFormer`, dead keys left out."""
+    """NVlabs' or Hugging Face's MiT or SegFormer weights under the keys of our `SegFormer`, without dead keys."""
     renamed = {}
     for key, value in state.items():
         if DEAD_KEYS.fullmatch(key):
@@ -333,11 +333,12 @@ def variant_of(state: dict[str, Tensor]) -> str | None:
     widths = tuple(len(value) for key, value in sorted(state.items()) if re.search(r"stages\.\d\.embed\.bias$", key))
     blocks = [match[1] for key in state if (match := re.search(r"stages\.(\d)\.blocks\.\d+\.norm1\.bias$", key))]
     depths = tuple(blocks.count(stage) for stage in "0123")
-    return next((name for name, config in MIT_VARIANTS.items() if (config.channels, config.depths) == (widths, depths)), None)
+    same = (name for name, config in MIT_VARIANTS.items() if (config.channels, config.depths) == (widths, depths))
+    return next(same, None)
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[str, ...] = ()):
-    """`module.load_state_dict(state)` with an error for a person; keys that start with one of `may_miss` can be absent."""
+    """`module.load_state_dict(state)` with errors for people; keys that start with one of `may_miss` can be absent."""
     own = module.state_dict()
     theirs, ours = variant_of(state), variant_of(own)
     if None not in (theirs, ours) and theirs != ours:
@@ -349,13 +350,14 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[s
                              for k, v in state.items() if k in own and v.shape != own[k].shape],
     }
     if any(wrong.values()):
-        raise ValueError(f"its weights don't fit this {type(module).__name__}: " + "; ".join(
-            f"{len(keys)} {kind}: {', '.join(keys[:20])}{', ...' * (len(keys) > 20)}" for kind, keys in wrong.items() if keys))
+        lists = (f"{len(keys)} {kind}: {', '.join(keys[:20])}{', ...' * (len(keys) > 20)}"
+                 for kind, keys in wrong.items() if keys)
+        raise ValueError(f"its weights don't fit this {type(module).__name__}: {'; '.join(lists)}")
     module.load_state_dict(state, strict=False)
 
 
 def load_pretrained(module: nn.Module, source):
-    """Load ImageNet or SegFormer weights, in NVlabs' or Hugging Face's naming, into an encoder, a SegFormer or an MRCFA.
+    """Load ImageNet or SegFormer weights, named as NVlabs or Hugging Face do, into an encoder, SegFormer or MRCFA.
 
     `source` is a path or a state dict. What an ImageNet encoder can't have keeps its initialisation. A classifier of
     another class count is skipped, and so is a head of another width in an MRCFA, both with a warning. Raises
@@ -382,5 +384,6 @@ def load_pretrained(module: nn.Module, source):
         skip("classifier", f"the head is {len(state['head.fuse.weight'])} wide, MRCFA's is {EMBED_DIM}")
         skip("head", f"it is {len(state['head.fuse.weight'])} wide, MRCFA's is {EMBED_DIM}")
     elif "classifier.1.bias" in state and state["classifier.1.bias"].shape != own["classifier.1.bias"].shape:
-        skip("classifier", f"it has {len(state['classifier.1.bias'])} classes, this model {len(own['classifier.1.bias'])}")
+        theirs, ours = len(state["classifier.1.bias"]), len(own["classifier.1.bias"])
+        skip("classifier", f"it has {theirs} classes, this model {ours}")
     load_strictly(segformer, state, tuple(absent))

@@ -495,7 +495,7 @@ SMALL = ["--crop", 64, 64, "--frame-size", 96, 64, "--batch-size", 2, "--dilatio
 def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     assert run(training, monkeypatch, "--model", model, "--data", videos, "--out", out, "--iters", 3, "--eval-every", 2, *SMALL) == 0
-    assert "1 of 3 training videos" in capsys.readouterr().out
+    assert "1 of 3 training videos" in capsys.readouterr().err
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in log if "loss" in line] == [1, 2, 3] and [line["iteration"] for line in log if "mIoU" in line] == [2, 3]
     checkpoint = torch.load(out / "last.pt", weights_only=True)
@@ -544,7 +544,7 @@ def test_released_checkpoint_goes_through_evaluation(videos, tmp_path, monkeypat
     assert run(evaluation, monkeypatch, *args, "--model", "mrcfa_b0", "--num-classes", 3, "--save", tmp_path / "masks") == 0
     assert len(list((tmp_path / "masks" / "v").iterdir())) == 18
     for more, message in ((["--model", "mrcfa_b1", "--num-classes", 3], "MiT-b0"), (["--model", "mrcfa_b0", "--num-classes", 4], "has 3 classes"),
-                          ([], "give --model and --num-classes"), (["--model", "segformer_b0", "--num-classes", 3], "but a MRCFA")):
+                          ([], "give --model and --num-classes"), (["--model", "segformer_b0", "--num-classes", 3], "but an MRCFA")):
         assert run(evaluation, monkeypatch, *args, *more) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert str(path) in error and message in error
@@ -612,7 +612,7 @@ def test_prediction_masks_must_fit(videos, tmp_path, monkeypatch, capsys):
             Image.new("L", size, value).save(folder / f"{i:05d}.png")
         assert run(evaluation, monkeypatch, "--predictions", folder.parent, "--data", videos) == 2
     error = capsys.readouterr().err
-    assert "90x64, but its frame is 96x64" in error and "class 3, but there are 3 (0 ... 2)" in error
+    assert "90x64, but its frame is 96x64" in error and "class 3, but there are only 0 ... 2" in error
 
 
 def test_a_spoilt_frame_stops_training_from_inside_a_worker(videos, tmp_path, monkeypatch, capsys):

@@ -8,9 +8,9 @@ The run's folder holds last.pt, best.pt (by mIoU) and log.jsonl, one JSON object
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import FRAME_SIZE, SCALE_RANGE, ClipDataset, DataError, Video, read_classes, read_split
-from eval import MODELS, ArgumentParser, build_model, command_line, evaluate, json_metrics, load_strictly, positive, refuse_to_overwrite, table
+from data import FRAME_SIZE, SCALE_RANGE, STRIDE, ClipDataset, DataError, Video, read_classes, read_split
+from eval import (MODELS, ArgumentParser, build_model, command_line, evaluate, json_metrics, positive,
+                  refuse_to_overwrite, table)
 from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, mrcfa_loss
-from segformer import load_pretrained, read_checkpoint, segmentation_loss
+from segformer import load_pretrained, load_strictly, read_checkpoint, segmentation_loss
 
 BETAS = (0.9, 0.999)      # of AdamW
 WARMUP_START = 1e-6       # the share of the learning rate that the warm-up begins with
@@ -39,9 +40,11 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: 
     encoder = getattr(model, "segformer", model).encoder
     norms = [p for module in encoder.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()]
     taken, inside = set(norms), set(encoder.parameters())
-    return [{"params": [p for p in encoder.parameters() if p not in taken], "base_lr": lr, "weight_decay": weight_decay},
+    decayed, rest = ([p for p in encoder.parameters() if p not in taken],
+                     [p for p in model.parameters() if p not in inside])
+    return [{"params": decayed, "base_lr": lr, "weight_decay": weight_decay},
             {"params": norms, "base_lr": lr, "weight_decay": 0.0},
-            {"params": [p for p in model.parameters() if p not in inside], "base_lr": lr * head_lr, "weight_decay": weight_decay}]
+            {"params": rest, "base_lr": lr * head_lr, "weight_decay": weight_decay}]
 
 
 def lr_factor(i: int, iters: int, warmup: int) -> float:
@@ -75,8 +78,8 @@ class Run:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.iteration, self.best = checkpoint["iteration"], checkpoint["best"]
         log = self.args.out / "log.jsonl"
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["iteration"] <= self.iteration] if log.exists() else []
-        log.write_text("".join(line + "\n" for line in lines))
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        log.write_text("".join(line for line in lines if json.loads(line)["iteration"] <= self.iteration))
 
     def save(self, name: str):
         """Write a checkpoint that rebuilds the model by itself and continues the run."""
@@ -102,11 +105,11 @@ class Run:
     def train(self, clips: ClipDataset, val: list[Video]):
         """Train from the current iteration to the last one."""
         args = self.args
-        loader = DataLoader(clips, args.batch_size, sampler=range(self.iteration * args.batch_size, args.iters * args.batch_size),
-                            num_workers=args.workers, persistent_workers=args.workers > 0)
+        order = range(self.iteration * args.batch_size, args.iters * args.batch_size)
+        loader = DataLoader(clips, args.batch_size, sampler=order, num_workers=args.workers)
         losses, since = [], time.time()
         self.model.train()
-        with tqdm(total=args.iters, initial=self.iteration, desc=self.config["model"], unit="it", dynamic_ncols=True) as bar:
+        with tqdm(total=args.iters, initial=self.iteration, desc=args.model, unit="it", dynamic_ncols=True) as bar:
             for images, labels in loader:
                 torch.manual_seed((args.seed << 32) + self.iteration)  # dropout follows from (seed, iteration)
                 for group in self.optimizer.param_groups:
@@ -121,8 +124,9 @@ class Run:
                 bar.set_postfix(loss=f"{np.mean(losses):.3f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}")
 
                 if self.iteration % args.log_every == 0 or self.iteration == args.iters:
-                    self.log(loss=round(float(np.mean(losses)), 5), lr=self.optimizer.param_groups[0]["lr"],
-                             clips_per_second=round(len(losses) * args.batch_size / (time.time() - since), 3))
+                    speed = len(losses) * args.batch_size / (time.time() - since)
+                    self.log(loss=float(np.mean(losses)), lr=self.optimizer.param_groups[0]["lr"],
+                             clips_per_second=round(speed, 3))
                     losses, since = [], time.time()
                 if self.iteration % args.save_every == 0 or self.iteration == args.iters:
                     self.save("last.pt")
@@ -136,44 +140,53 @@ class Run:
 def parse_args() -> argparse.Namespace:
     """The command line of a training; every value of the paper's recipe is the default of a flag."""
     parser = ArgumentParser("Train MRCFA or SegFormer on labelled videos.")
-    run = parser.add_argument_group("the run")
-    run.add_argument("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME", help="mrcfa_b0 ... mrcfa_b5, or the baseline segformer_b0 ... segformer_b5")
-    run.add_argument("--data", type=Path, help="data folder with train.txt, val.txt and data/<video>/{origin,mask}")
-    run.add_argument("--out", type=Path, help="folder of this run, by default runs/MODEL; an existing one is only ever continued")
-    run.add_argument("--resume", action="store_true", help="continue the run in --out with the arguments that it was started with")
-    run.add_argument("--pretrained", type=Path, help="ImageNet or SegFormer weights to start from; far better than from scratch")
-    run.add_argument("--seed", type=int, default=0, help="initialisation, clips and dropout follow from it; other ones show the spread")
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
-    run.add_argument("--workers", type=int, default=2, help="processes that load clips: more if the network waits for them")
-    run.add_argument("--log-every", type=positive, default=50, help="iterations to average into a line of log.jsonl")
-    run.add_argument("--save-every", type=positive, default=500, help="iterations between checkpoints: what a crash costs at most")
-    run.add_argument("--eval-every", type=int, default=0, help="iterations between evaluations; 0 evaluates at the end alone")
+    run = parser.add_argument_group("the run").add_argument
+    run("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME",
+        help="mrcfa_b0 ... mrcfa_b5, or the baseline segformer_b0 ... segformer_b5")
+    run("--data", type=Path, help="data folder with train.txt, val.txt and data/<video>/{origin,mask}")
+    run("--out", type=Path, help="folder of this run, by default runs/MODEL; an existing one is only ever continued")
+    run("--resume", action="store_true", help="continue the run in --out with the arguments that it was started with")
+    run("--pretrained", type=Path, help="ImageNet or SegFormer weights to start from: far better than from scratch")
+    run("--seed", type=int, default=0, help="of initialisation, clips and dropout; several show the spread")
+    run("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
+    run("--workers", type=int, default=2, help="processes that load clips: more if the network waits for them")
+    run("--log-every", type=positive, default=50, help="iterations to average into a line of log.jsonl")
+    run("--save-every", type=positive, default=500, help="iterations between checkpoints: what a crash costs at most")
+    run("--eval-every", type=int, default=0, help="iterations between evaluations; 0 evaluates at the end alone")
 
-    clips = parser.add_argument_group("clips")
-    clips.add_argument("--batch-size", type=positive, default=8, help="clips an iteration; the paper's 8 are 4 GPUs x 2")
-    clips.add_argument("--dilation", type=positive, nargs="+", default=OFFSETS, metavar="N", help="how many frames back the references lie; less where frames are far apart in time")
-    clips.add_argument("--frame-size", type=positive, nargs=2, default=FRAME_SIZE, metavar=("LONG", "SHORT"), help="scale frames to fit this, here and in evaluation; smaller is faster and coarser")
-    clips.add_argument("--scale-range", type=float, nargs=2, default=SCALE_RANGE, metavar=("MIN", "MAX"), help="random factor on the frame size in training; 1 1 keeps sizes as they are")
-    clips.add_argument("--crop", type=positive, nargs=2, default=(480, 480), metavar=("H", "W"), help="random crop, multiples of 32: memory and time depend on it")
+    clips = parser.add_argument_group("clips").add_argument
+    clips("--batch-size", type=positive, default=8, help="clips an iteration; the paper's 8 are 4 GPUs x 2")
+    clips("--dilation", type=positive, nargs="+", default=OFFSETS, metavar="N",
+          help="how many frames back the references lie; less where frames are far apart in time")
+    clips("--frame-size", type=positive, nargs=2, default=FRAME_SIZE, metavar=("LONG", "SHORT"),
+          help="scale frames to fit this, here and in evaluation; smaller is faster and coarser")
+    clips("--scale-range", type=float, nargs=2, default=SCALE_RANGE, metavar=("MIN", "MAX"),
+          help="random factor on the frame size in training; 1 1 keeps sizes as they are")
+    clips("--crop", type=positive, nargs=2, default=(480, 480), metavar=("H", "W"),
+          help="random crop, multiples of 32: memory and time depend on it")
 
-    recipe = parser.add_argument_group("model and optimiser")
-    recipe.add_argument("--reference-stride", type=int, choices=(16, 32), default=REFERENCE_STRIDE, help="of MRCFA's reference tokens: 16 sees finer things at four times the affinities")
-    recipe.add_argument("--iters", type=positive, default=160_000, help="length of the training, over which the learning rate falls to 0")
-    recipe.add_argument("--lr", type=float, default=6e-5, help="AdamW's learning rate for the encoder; higher from scratch")
-    recipe.add_argument("--head-lr", type=float, default=10.0, help="times that for everything else; 1 from scratch, where nothing is ahead")
-    recipe.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the encoder's LayerNorms")
-    recipe.add_argument("--warmup", type=int, default=1500, help="iterations over which the learning rate rises; fewer in a short training")
+    recipe = parser.add_argument_group("model and optimiser").add_argument
+    recipe("--reference-stride", type=int, choices=(16, 32), default=REFERENCE_STRIDE,
+           help="of MRCFA's reference tokens: 16 sees finer things at four times the affinities")
+    recipe("--iters", type=positive, default=160_000, help="iterations, over which the learning rate falls to 0")
+    recipe("--lr", type=float, default=6e-5, help="AdamW's learning rate for the encoder; higher from scratch")
+    recipe("--head-lr", type=float, default=10.0,
+           help="times that for everything else; 1 from scratch, where nothing is ahead")
+    recipe("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the encoder's LayerNorms")
+    recipe("--warmup", type=int, default=1500, help="iterations over which the rate rises; fewer in a short training")
 
     args = parser.parse_args()
     args.out = args.out or Path("runs") / args.model
-    if args.resume:  # flags given now win over those of then
+    if args.resume:  # what the run was started with are the defaults now
         saved = load_for_resume(args.out)["args"]
-        parser.set_defaults(**{key: value for key, value in saved.items() if key not in ("out", "resume", "device")})
+        parser.set_defaults(**{key: saved[key] for key in saved if key not in ("out", "resume", "device")})
         args = parser.parse_args(namespace=argparse.Namespace(out=args.out))
     if args.data is None:
         parser.error("--data DIR is missing: the folder with train.txt, val.txt and data/")
-    if args.crop[0] % 32 or args.crop[1] % 32:
-        parser.error(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of 32")
+    if args.crop[0] % STRIDE or args.crop[1] % STRIDE:
+        parser.error(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}")
+    if not 0 < args.scale_range[0] <= args.scale_range[1]:
+        parser.error(f"--scale-range {args.scale_range[0]} {args.scale_range[1]}: must rise, from above 0")
     return args
 
 
@@ -193,7 +206,8 @@ def main():
     classes, train, val = read_classes(args.data), read_split(args.data, "train"), read_split(args.data, "val")
     clips = ClipDataset(train, len(classes), args.dilation, args.crop, args.frame_size, args.scale_range, args.seed)
     if clips.too_short:
-        print(f"{clips.too_short} of {len(train)} training videos are too short for --dilation {max(args.dilation)} and left out")
+        print(f"warning: {clips.too_short} of {len(train)} training videos are too short for --dilation "
+              f"{max(args.dilation)} and left out", file=sys.stderr)
 
     torch.manual_seed(args.seed)
     config = {"model": args.model, "classes": classes, "reference_stride": args.reference_stride,
@@ -205,7 +219,8 @@ def main():
         except ValueError as error:
             raise DataError(f"--pretrained {args.pretrained}: {error}") from None
     model.to(args.device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.head_lr, args.weight_decay), lr=args.lr, betas=BETAS)
+    groups = parameter_groups(model, args.lr, args.head_lr, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS)
     run = Run(args, config, model, optimizer)
     if args.resume:
         run.resume()
