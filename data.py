@@ -102,7 +102,7 @@ def list_frames(folder: Path) -> list[Path]:
     """The frames in a folder, in the order of their names."""
     frames = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in FRAME_SUFFIXES)
     if not frames:
-        raise DataError(f"{folder}: no frames in it ({', '.join(FRAME_SUFFIXES)})")
+        raise DataError(f"{folder}: no such folder, or no frames in it ({', '.join(FRAME_SUFFIXES)})")
     for first, second in zip(frames, frames[1:]):
         if first.stem == second.stem:
             raise DataError(f"{first}: {second.name} has the same name, and would get the same mask; remove one")

@@ -48,7 +48,9 @@ class SegmentationMetrics:
 
     def update(self, labels, predictions):
         """Add one whole video, integer arrays or tensors (frames, H, W); ValueError where a value is no class."""
-        labels, predictions = np.asarray(labels), np.asarray(predictions)
+        labels, predictions = (torch.as_tensor(x).cpu().numpy() for x in (labels, predictions))
+        if labels.dtype.kind not in "iu" or predictions.dtype.kind not in "iu":
+            raise ValueError(f"labels {labels.dtype} and predictions {predictions.dtype} must both be integers")
         if labels.ndim != 3 or labels.shape != predictions.shape:
             raise ValueError(f"labels {labels.shape} and predictions {predictions.shape} must both be (frames, H, W)")
         k = self.num_classes
@@ -181,8 +183,7 @@ def score(predictions: Path, videos: list[Video], num_classes: int) -> Segmentat
     for video in tqdm(videos, desc="score", unit="video", dynamic_ncols=True):
         labels, masks = [], []
         for frame, label in zip(video.frames, video.masks):
-            with Image.open(frame) as image:  # the header is enough for the size
-                size = image.size
+            size = read_frame(frame).size
             path = predictions / video.name / f"{frame.stem}.png"
             masks.append(np.array(read_index_map(path, size)))
             if masks[-1].max() >= num_classes:
@@ -311,7 +312,7 @@ def measure(methods: dict[str, Callable[[], Tensor]], size: tuple[int, int],
 @torch.no_grad()
 def benchmark(args: argparse.Namespace):
     """Print what SegFormer, MRCFA by clips and MRCFA streaming cost with random weights, as a Markdown table."""
-    device, size, num_classes = torch.device(args.device), tuple(args.size), args.num_classes or 124
+    device, size, num_classes = args.device, tuple(args.size), args.num_classes or 124
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     how = f"{args.amp or 'float32'}{', compiled' * args.compile}, {hardware}"
     print(f"{size[0]}x{size[1]}, {num_classes} classes, {how}\n")
@@ -364,6 +365,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def device(text: str) -> torch.device:
+    """The type of an argument that names a device."""
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not to be had: {str(error).splitlines()[0]}") from None
+
+
 def command_line(main: Callable[[], None]):
     """Run a script's main; a DataError, even of a loader's worker process, ends it with one line and exit code 2."""
     try:
@@ -405,7 +414,7 @@ def parse_args() -> argparse.Namespace:
           help="scale frames to fit this, if not as in training")
     model("--amp", choices=AMP, help="mixed precision, for speed on GPUs; float32 without")
     model("--compile", action="store_true", help="torch.compile the network: pays after a minute or so of compilation")
-    model("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
+    model("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
 
     speed = parser.add_argument_group("benchmark").add_argument
     speed("--variants", nargs="+", choices=MIT_VARIANTS, default=list(PAPER_FPS), metavar="NAME", help="of b0 ... b5")

@@ -274,31 +274,32 @@ def mrcfa_loss(frame_logits: Tensor, clip_logits: Tensor, labels: Tensor, ignore
             + segmentation_loss(clip_logits.flatten(0, 1), target.flatten(0, 1), ignore_index))
 
 
-# The released names -> ours; the `backbone` and the SegFormer head are named as NVlabs' (segformer.RENAMES).
+# How the released checkpoints name what MRCFA adds -> ours. Their q1 ... q3 and k1 ... k3 belong to stages 2 ... 4.
 RELEASED_NAMES = (
-    (r"^hypercorre_module\.q(\d)", lambda m: f"query{int(m[1]) + 1}"),
-    (r"^hypercorre_module\.k(\d)", lambda m: f"key{int(m[1]) + 1}"),
-    (r"^sr(\d)\.", r"reduce\1."),
-    (r"^sr1_feat", "value"),
-    (r"^hypercorre_module\.hpn\.encoder_layer(\d)(?:to(\d))?\.(\d)\.(conv2\.)?", lambda m:
-     f"aggregation.g{m[1]}{m[2] or ''}.{'convs' if m[4] else 'norms'}.{int(m[3]) // 3}."),
+    (r"hypercorre_module\.q(\d)", lambda m: f"query{int(m[1]) + 1}"),
+    (r"hypercorre_module\.k(\d)", lambda m: f"key{int(m[1]) + 1}"),
+    (r"hypercorre_module\.hpn\.encoder_layer(\d)to(\d)", r"aggregation.g\1\2"),
+    (r"hypercorre_module\.hpn\.encoder_layer(\d)", r"aggregation.g\1"),
+    (r"\.([03])\.conv2", lambda m: f".convs.{int(m[1]) // 3}"),
+    (r"(g\d+)\.([14])", lambda m: f"{m[1]}.norms.{int(m[2]) // 3}"),
+    (r"sr1_feat", "value"),
+    (r"sr(\d)", r"reduce\1"),
 )
 
 
 def load_official(model: MRCFA, source):
     """Load a released MRCFA checkpoint, a path or a state dict; ValueError unless every key fits."""
-    last = len(model.auxiliary_classifiers) + 1
-    segformer, own = {}, {}
+    segformer, ours = {}, {}
     for key, value in read_state_dict(source).items():
-        name = key.removeprefix("decode_head.")
-        if match := re.match(r"deco(\d+)\.smalldecoder\.", name):
-            i = int(match[1])
-            own[("classifier." if i == last else f"auxiliary_classifiers.{i - 1}.") + name[match.end():]] = value
+        if match := re.match(r"decode_head\.deco(\d+)\.smalldecoder", key):  # the last is the one of O
+            i = int(match[1]) - 1
+            name = f"auxiliary_classifiers.{i}" if i < len(model.auxiliary_classifiers) else "classifier"
+            ours[name + key[match.end():]] = value
+        elif key.startswith(("decode_head.hypercorre_module", "decode_head.sr")):
+            name = key.removeprefix("decode_head.")
+            for pattern, replacement in RELEASED_NAMES:
+                name = re.sub(pattern, replacement, name)
+            ours[name] = value
         else:
-            for pattern, ours in RELEASED_NAMES:
-                name = re.sub(pattern, ours, name)
-            if name == key.removeprefix("decode_head."):
-                segformer[key] = value
-            else:
-                own[name] = value
-    load_strictly(model, own | {f"segformer.{key}": value for key, value in rename(segformer).items()})
+            segformer[key] = value
+    load_strictly(model, ours | {f"segformer.{key}": value for key, value in rename(segformer).items()})

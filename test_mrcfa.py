@@ -376,8 +376,9 @@ def test_metrics_by_hand():
     np.testing.assert_equal(metrics.class_iou(), [50 / 51, math.nan, math.nan])
     metrics.update(labels[:16], 1 - predictions[:16])  # too short for consistencies
     assert metrics.compute()["mVC16"] == 3 / 4
-    with pytest.raises(ValueError, match="3"):
-        metrics.update(labels, np.full_like(labels, 3))
+    for wrong, match in ((np.full_like(labels, 3), "3"), (predictions[:5], "frames"), (predictions * 1.0, "integers")):
+        with pytest.raises(ValueError, match=match):
+            metrics.update(labels, wrong)
 
 
 def test_masks_decode_as_two_interpolations_and_argmax():
@@ -544,7 +545,7 @@ def test_released_checkpoint_goes_through_evaluation(videos, tmp_path, monkeypat
     assert run(evaluation, monkeypatch, *args, "--model", "mrcfa_b0", "--num-classes", 3, "--save", tmp_path / "masks") == 0
     assert len(list((tmp_path / "masks" / "v").iterdir())) == 18
     for more, message in ((["--model", "mrcfa_b1", "--num-classes", 3], "MiT-b0"), (["--model", "mrcfa_b0", "--num-classes", 4], "has 3 classes"),
-                          ([], "give --model and --num-classes"), (["--model", "segformer_b0", "--num-classes", 3], "but an MRCFA")):
+                          ([], "give --model and --num-classes"), (["--model", "segformer_b0", "--num-classes", 3], "is an MRCFA")):
         assert run(evaluation, monkeypatch, *args, *more) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert str(path) in error and message in error
@@ -592,6 +593,7 @@ def test_bad_data_is_one_line_that_names_it(how, message, videos, tmp_path, monk
     (training, ["--data", "{videos}", "--dilation", "30"], "none of the 3 training videos"),
     (training, ["--data", "{videos}", "--crop", "60", "64"], "multiples of 32"),
     (training, ["--model", "mrcfa_b7"], "mrcfa_b7"),
+    (training, ["--device", "quantum"], "quantum"),
     (training, ["--resume", "--out", "{videos}/none"], "can't resume"),
     (training, ["--data", "{videos}", "--pretrained", "none.pth", *map(str, SMALL)], "none.pth"),
     (evaluation, ["--data", "{videos}", "--checkpoint", "none.pt"], "none.pt"),

@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import FRAME_SIZE, SCALE_RANGE, STRIDE, ClipDataset, DataError, Video, read_classes, read_split
-from eval import (MODELS, ArgumentParser, build_model, command_line, evaluate, json_metrics, positive,
+from eval import (MODELS, ArgumentParser, build_model, command_line, device, evaluate, json_metrics, positive,
                   refuse_to_overwrite, table)
 from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, mrcfa_loss
 from segformer import load_pretrained, load_strictly, read_checkpoint, segmentation_loss
 
 BETAS = (0.9, 0.999)      # of AdamW
 WARMUP_START = 1e-6       # the share of the learning rate that the warm-up begins with
+PLACE = ("out", "resume", "device")  # arguments that belong to where a run happens, and aren't resumed
 
 
 def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,8 @@ class Run:
 
     def save(self, name: str):
         """Write a checkpoint that rebuilds the model by itself and continues the run."""
-        args = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
+        args = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()
+                if key not in PLACE}
         save_checkpoint(self.args.out / name, {
             "model": self.model.state_dict(), "config": self.config, "optimizer": self.optimizer.state_dict(),
             "iteration": self.iteration, "best": self.best, "args": args})
@@ -148,7 +150,7 @@ def parse_args() -> argparse.Namespace:
     run("--resume", action="store_true", help="continue the run in --out with the arguments that it was started with")
     run("--pretrained", type=Path, help="ImageNet or SegFormer weights to start from: far better than from scratch")
     run("--seed", type=int, default=0, help="of initialisation, clips and dropout; several show the spread")
-    run("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
+    run("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
     run("--workers", type=int, default=2, help="processes that load clips: more if the network waits for them")
     run("--log-every", type=positive, default=50, help="iterations to average into a line of log.jsonl")
     run("--save-every", type=positive, default=500, help="iterations between checkpoints: what a crash costs at most")
@@ -179,7 +181,7 @@ def parse_args() -> argparse.Namespace:
     args.out = args.out or Path("runs") / args.model
     if args.resume:  # what the run was started with are the defaults now
         saved = load_for_resume(args.out)["args"]
-        parser.set_defaults(**{key: saved[key] for key in saved if key not in ("out", "resume", "device")})
+        parser.set_defaults(**saved)
         args = parser.parse_args(namespace=argparse.Namespace(out=args.out))
     if args.data is None:
         parser.error("--data DIR is missing: the folder with train.txt, val.txt and data/")
