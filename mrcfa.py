@@ -18,7 +18,7 @@ reference frames answer (keys K, values V). From the target's point of view, in 
         logits = stream(frame)                        # (124, H/4, W/4)
 
 Letters and shapes: B clips of T frames, K classes, n_l = h_l w_l positions of F_l, N reference tokens a frame on a grid
-of stride r, m of them kept, M = (T-1) m over all references.
+of stride r, m of them kept.
 """
 import re
 from collections import deque
@@ -56,8 +56,13 @@ def tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
+def as_image(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The other way round: (B, h w, C) -> a channels-last (B, C, h, w)."""
+    return x.unflatten(1, tuple(size)).permute(0, 3, 1, 2)
+
+
 class Reference(NamedTuple):
-    """All that a reference frame contributes, computed from that frame alone; B may be any leading shape."""
+    """All that a reference frame contributes, computed from that frame alone."""
     key2: Tensor     # K^2 (B, N, C_2)
     key3: Tensor     # K^3 (B, N, C_3)
     key4: Tensor     # K^4 (B, n_4, C_4), still on the grid of stride 32
@@ -67,8 +72,9 @@ class Reference(NamedTuple):
 class AffinityRefinement(nn.Module):
     """A stack G of (convolution, GroupNorm(1), ReLU) that refines the affinity image of every reference token alike.
 
-    `layers` lists (channels in, channels out, kernel). Affinities of M tokens go in as (B, M c_in, h, w), the c
-    channels of a token side by side, and come out as (B, M c_out, h, w).
+    `layers` lists (channels in, channels out, kernel). Affinities of m tokens go in as (B, m c_in, h, w), the c
+    channels of a token side by side, and come out as (B, m c_out, h, w). Or, with `keys` (B, m, C), the queries
+    (B, C, h, w) go in, and A = Q K^T is taken here.
     """
 
     def __init__(self, *layers: tuple[int, int, int]):
@@ -76,18 +82,24 @@ class AffinityRefinement(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, k, padding=k // 2) for c_in, c_out, k in layers)
         self.norms = nn.ModuleList(nn.GroupNorm(1, c_out) for _, c_out, _ in layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Convolving M images one by one with the same weights is one convolution of M groups with repeated weights,
-        # and the channels-last layout it wants is the one in which Q K^T leaves the token axis.
-        m = x.shape[1] // self.convs[0].in_channels
-        for conv, norm in zip(self.convs, self.norms):
-            x = F.conv2d(x, conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m), padding=conv.padding, groups=m)
-            x = F.relu(F.group_norm(x, m, norm.weight.repeat(m), norm.bias.repeat(m), norm.eps), inplace=True)
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+            # Convolving images one by one with the same weights is one convolution with a group for each, and the
+            # channels-last layout that it wants is the one in which Q K^T leaves the token axis.
+            m = x.shape[1] // conv.in_channels
+            weight, bias = conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m)
+            if i == 0 and keys is not None:
+                # Convolutions act on positions, Q K^T on channels: the C images of Q can stand in for the m of A.
+                q = F.conv2d(x, weight, padding=conv.padding, groups=m)
+                x, m = as_image(tokens(q) @ keys.mT, x.shape[-2:]) + conv.bias, keys.shape[1]
+            else:
+                x = F.conv2d(x, weight, bias, padding=conv.padding, groups=m)
+            x = F.relu_(F.group_norm(x, m, norm.weight.repeat(m), norm.bias.repeat(m), norm.eps))
         return x
 
 
 class AffinityAggregation(nn.Module):
-    """SAR and MAA: affinities A^2, A^3, A^4 of M tokens, each (B, M, h_l, w_l) -> M^2 (B, M, h_2, w_2)."""
+    """SAR and MAA: Q^2, Q^3 (B, C_l, h_l, w_l), K^2, K^3 (B, m, C_l), A^4 (B, m, h_4, w_4) -> M^2 (B, m, h_2, w_2)."""
 
     def __init__(self, variant: str):
         super().__init__()
@@ -104,12 +116,12 @@ class AffinityAggregation(nn.Module):
             self.g43 = AffinityRefinement((1, 1, 3))
             self.g32 = AffinityRefinement((1, 1, 3))
 
-    def forward(self, a2: Tensor, a3: Tensor, a4: Tensor) -> Tensor:
+    def forward(self, q2: Tensor, key2: Tensor, q3: Tensor, key3: Tensor, a4: Tensor) -> Tensor:
         def up(coarse: Tensor, fine: Tensor) -> Tensor:
             return F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=True)
 
-        m3 = self.g43(up(self.g4(a4), a3) + self.g3(a3))
-        return self.g32(up(m3, a2) + self.g2(a2))
+        m3 = self.g43(up(self.g4(a4), q3).add_(self.g3(q3, key3)))
+        return self.g32(up(m3, q2).add_(self.g2(q2, key2)))
 
 
 class MRCFA(nn.Module):
@@ -158,14 +170,13 @@ class MRCFA(nn.Module):
         split = [x.split([(frames - 1) * batch, batch]) for x in (*features, fused)]
         (*past_features, past_fused), (*target_features, target_fused) = zip(*split)
         past = self.reference(past_features, past_fused)                                         # ((T-1) B, N, C)
-        references = Reference(*(x.unflatten(0, (-1, batch)).transpose(0, 1) for x in past))     # (B, T-1, N, C)
+        references = [Reference(*x) for x in zip(*(y.split(batch) for y in past))]
         if not self.training:
             return self.segment(target_features, target_fused, references)
 
-        attention, values = self.affinity(target_features, references)
-        each = attention.transpose(1, 2) @ values                                                # (B, T-1, n_2, 256)
-        own = F.avg_pool2d(target_fused, 2)
-        outputs = [o.transpose(1, 2).unflatten(2, own.shape[-2:]) for o in each.unbind(1)]       # (B, 256, h_2, w_2)
+        queries, own = self.queries(target_features), F.avg_pool2d(target_fused, 2)              # (B, 256, h_2, w_2)
+        outputs = [weights @ values for weights, values in (self.attend(queries, r) for r in references)]
+        outputs = [as_image(o, own.shape[-2:]) for o in outputs]                                 # O_i
         clip_logits = [classify(o) for classify, o in zip(self.auxiliary_classifiers, outputs)]
         clip_logits.append(self.classifier(sum(outputs) / len(outputs) + own))
         frame_logits = self.segformer.classifier(fused).unflatten(0, (frames, batch)).transpose(0, 1)
@@ -176,51 +187,49 @@ class MRCFA(nn.Module):
         features = self.segformer.encoder(images)
         return features, self.segformer.head(features)
 
-    def reference(self, features: list[Tensor], fused: Tensor) -> Reference:
+    def reference(self, features: Sequence[Tensor], fused: Tensor) -> Reference:
         """Keys and values of frames, from those frames alone."""
         _, f2, f3, f4 = features
         return Reference(self.key2(tokens(self.reduce2(f2))), self.key3(tokens(self.reduce3(f3))),
                          self.key4(tokens(f4)), tokens(self.value(F.avg_pool2d(fused, 2))))
 
-    def segment(self, features: list[Tensor], fused: Tensor, references: Reference) -> Tensor:
-        """The target's logits (B, K, H/4, W/4) from its own features and its references, each (B, T-1, ...)."""
-        attention, values = self.affinity(features, references)
-        # The mean of T-1 products B_i V_i is one product of the concatenated B_i and V_i, over T-1.
-        out = attention.flatten(2) @ values.flatten(1, 2) / len(self.offsets)                    # (B, n_2, 256)
-        own = F.avg_pool2d(fused, 2)                                                             # (B, 256, h_2, w_2)
-        return upsample(self.classifier(out.transpose(1, 2).unflatten(2, own.shape[-2:]) + own))
+    def queries(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Q^2, Q^3, Q^4 of target frames, (B, C_l, h_l, w_l)."""
+        layers = zip((self.query2, self.query3, self.query4), features[1:])
+        return [as_image(query(tokens(f)), f.shape[-2:]) for query, f in layers]
 
-    def affinity(self, features: list[Tensor], references: Reference) -> tuple[Tensor, Tensor]:
-        """The target's softmax weights B (B, n_2, T-1, m), on the kept values V (B, T-1, m, 256)."""
-        _, f2, f3, f4 = features
-        a4 = self.query4(tokens(f4)) @ references.key4.flatten(1, 2).mT                          # (B, n_4, (T-1) n_4)
-        kept, a4 = self.selective_token_masking(a4.unflatten(2, (len(self.offsets), -1)), f4.shape[-2:])
+    def segment(self, features: Sequence[Tensor], fused: Tensor, references: Sequence[Reference]) -> Tensor:
+        """The target's logits (B, K, H/4, W/4) from its own features and its T-1 references."""
+        queries, own = self.queries(features), self.classifier(F.avg_pool2d(fused, 2))           # (B, K, h_2, w_2)
+        logits, weight = tokens(own), self.classifier[1].weight.flatten(1) / len(references)
+        for reference in references:
+            attention, values = self.attend(queries, reference)
+            # The classifier is linear: W (mean_i B_i V_i + F) = sum_i B_i (V_i W^T / (T-1)) + W F, with K columns to
+            # read out of each reference instead of 256.
+            logits = torch.baddbmm(logits, attention, F.linear(values, weight))                  # (B, n_2, K)
+        return upsample(as_image(logits, own.shape[-2:]))
 
-        def keep(x: Tensor) -> Tensor:                                                           # (B, T-1, N, C)
-            return x.take_along_dim(kept[..., None], 2)                                          # (B, T-1, m, C)
-
-        a3 = self.query3(tokens(f3)) @ keep(references.key3).flatten(1, 2).mT                    # (B, n_3, M)
-        a2 = self.query2(tokens(f2)) @ keep(references.key2).flatten(1, 2).mT                    # (B, n_2, M)
-        m2 = self.aggregation(*(a.mT.unflatten(2, f.shape[-2:]) for a, f in ((a2, f2), (a3, f3), (a4, f4))))
-        return tokens(m2).unflatten(2, kept.shape[1:]).softmax(-1), keep(references.value)
+    def attend(self, queries: Sequence[Tensor], reference: Reference) -> tuple[Tensor, Tensor]:
+        """Where the target reads in one reference: weights B (B, n_2, m) on the kept values V (B, m, 256)."""
+        q2, q3, q4 = queries
+        kept, a4 = self.selective_token_masking(tokens(q4) @ reference.key4.mT, q4.shape[-2:])
+        key2, key3, values = (x.take_along_dim(kept[..., None], 1)                               # (B, m, C_l)
+                              for x in (reference.key2, reference.key3, reference.value))
+        m2 = self.aggregation(q2, key2, q3, key3, as_image(a4, q4.shape[-2:]))
+        return tokens(m2).softmax(-1), values
 
     def selective_token_masking(self, a4: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """STM: which tokens of each reference are kept, (B, T-1, m), and A^4 of these alone, (B, n_4, M).
+        """STM: which tokens of a reference are kept, (B, m), and A^4 of these alone, (B, n_4, m).
 
-        `a4` (B, n_4, T-1, n_4) has all tokens, on the references' (h_4, w_4) `grid`. A token is as important as its 5
+        `a4` (B, n_4, n_4) has all tokens, on the reference's (h_4, w_4) `grid`. A token is as important as its 5
         largest affinities add up to. How many are kept follows from the frame's size: every shape is a constant.
         """
-        importance = a4.topk(min(IMPORTANCE_TOP, a4.shape[1]), dim=1).values.sum(1)              # (B, T-1, n_4)
-        if self.reference_stride < 32:  # the other keys lie on a finer grid: resize along the references' axis
-
-            def resize(x: Tensor) -> Tensor:                                                     # (..., T-1, n_4)
-                images = x.unflatten(-1, grid).flatten(0, -4)                                    # (-1, T-1, h_4, w_4)
-                images = F.interpolate(images, scale_factor=32 // self.reference_stride, mode="bilinear")
-                return images.flatten(2).unflatten(0, x.shape[:-2])                              # (..., T-1, N)
-
-            a4, importance = resize(a4), resize(importance)
-        kept = importance.topk(max(1, int(self.keep_ratio * importance.shape[-1]))).indices      # (B, T-1, m)
-        return kept, a4.take_along_dim(kept[:, None], 3).flatten(2)
+        importance = a4.topk(min(IMPORTANCE_TOP, a4.shape[1]), dim=1).values.sum(1, keepdim=True)  # (B, 1, n_4)
+        if self.reference_stride < 32:  # the other keys lie on a finer grid: resize along the reference's axis
+            a4, importance = (F.interpolate(x.unflatten(2, tuple(grid)), scale_factor=32 // self.reference_stride,
+                                            mode="bilinear").flatten(2) for x in (a4, importance))  # (B, ., N)
+        kept = importance[:, 0].topk(max(1, int(self.keep_ratio * importance.shape[-1]))).indices  # (B, m)
+        return kept, a4.take_along_dim(kept[:, None], 2)
 
     def stream(self) -> "Stream":
         """Segment one video frame by frame, each encoded once: `stream(frame)`, (3, H, W) -> (K, H/4, W/4)."""
@@ -251,8 +260,7 @@ class Stream:
         features, fused = self.model.encode(frame[None])
         indices = reference_indices(self.t, self.offsets)
         if indices:
-            chosen = [self.history[i - self.t] for i in indices]  # i - t counts from the end
-            references = Reference(*(torch.stack(x, dim=1) for x in zip(*chosen)))
+            references = [self.history[i - self.t] for i in indices]  # i - t counts from the end
             logits = self.model.segment(features, fused, references)
         else:
             logits = self.model.segformer.classifier(fused)

@@ -191,11 +191,12 @@ class SegFormerHead(nn.Module):
         # The 1x1 convolution of the concatenation is a sum over stages, and it commutes with bilinear upsampling:
         # project each F_l by the one matrix W_fuse,l W_l at its own stride, then upsample and sum.
         fuse = reversed(self.fuse.weight.flatten(1).chunk(4, dim=1))                             # W_fuse,1 ... 4
-        out: Tensor | None = None
-        for feature, linear, weight in zip(features, self.linears, fuse):
-            x = F.conv2d(feature, (weight @ linear.weight)[..., None, None], weight @ linear.bias)
-            out = x if out is None else out + F.interpolate(x, out.shape[-2:], mode="bilinear")
-        return F.relu(self.norm(out), inplace=True)
+        projected = [F.conv2d(feature, (weight @ linear.weight)[..., None, None], weight @ linear.bias)
+                     for feature, linear, weight in zip(features, self.linears, fuse)]
+        out = projected[0]
+        for x in projected[1:]:
+            out += F.interpolate(x, out.shape[-2:], mode="bilinear")
+        return F.relu_(self.norm(out))
 
 
 def classifier(embed_dim: int, num_classes: int) -> nn.Sequential:

@@ -258,9 +258,8 @@ def test_target_reads_only_what_it_is_given():
             assert not torch.allclose(model(other), before, atol=1e-4)
         model.keep_ratio = 1e-6
         features, fused = model.encode(clip[0])
-        reference = [x[None] for x in model.reference([f[:3] for f in features], fused[:3])]
-        attention, values = model.affinity([f[3:] for f in features], type(model.reference(features, fused))(*reference))
-    assert attention.shape == (1, 8 * 12, 3, 1) and values.shape == (1, 3, 1, 256)
+        attention, values = model.attend(model.queries(features), model.reference(features, fused))
+    assert attention.shape == (4, 8 * 12, 1) and values.shape == (4, 1, 256)
     assert torch.equal(attention, torch.ones_like(attention))
 
 
