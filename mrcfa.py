@@ -69,12 +69,19 @@ class Reference(NamedTuple):
     value: Tensor    # V   (B, N, 256)
 
 
+class Queries(NamedTuple):
+    """What a target frame asks of every reference: Q^2 and Q^3 as SAR prepares them, and Q^4 (B, C_4, h_4, w_4)."""
+    q2: tuple[Tensor, Tensor]
+    q3: tuple[Tensor, Tensor]
+    q4: Tensor
+
+
 class AffinityRefinement(nn.Module):
     """A stack G of (convolution, GroupNorm(1), ReLU) that refines the affinity image of every reference token alike.
 
     `layers` lists (channels in, channels out, kernel). Affinities of m tokens go in as (B, m c_in, h, w), the c
-    channels of a token side by side, and come out as (B, m c_out, h, w). Or, with `keys` (B, m, C), the queries
-    (B, C, h, w) go in, and A = Q K^T is taken here.
+    channels of a token side by side, and come out as (B, m c_out, h, w). `of_product` is the same for an affinity
+    that is still a product Q K^T, and is never formed before its first convolution and norm.
     """
 
     def __init__(self, *layers: tuple[int, int, int]):
@@ -82,24 +89,39 @@ class AffinityRefinement(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, k, padding=k // 2) for c_in, c_out, k in layers)
         self.norms = nn.ModuleList(nn.GroupNorm(1, c_out) for _, c_out, _ in layers)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
-            # Convolving images one by one with the same weights is one convolution with a group for each, and the
-            # channels-last layout that it wants is the one in which Q K^T leaves the token axis.
+    @staticmethod
+    def convolve(conv: nn.Conv2d, x: Tensor, m: int) -> Tensor:
+        """One convolution of m images with the same weights: a group for each, channels last, as Q K^T leaves them."""
+        return F.conv2d(x, conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m), padding=conv.padding, groups=m)
+
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        for conv, norm in zip(self.convs[first:], self.norms[first:]):
             m = x.shape[1] // conv.in_channels
-            weight, bias = conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m)
-            if i == 0 and keys is not None:
-                # Convolutions act on positions, Q K^T on channels: the C images of Q can stand in for the m of A.
-                q = F.conv2d(x, weight, padding=conv.padding, groups=m)
-                x, m = as_image(tokens(q) @ keys.mT, x.shape[-2:]) + conv.bias, keys.shape[1]
-            else:
-                x = F.conv2d(x, weight, bias, padding=conv.padding, groups=m)
+            x = self.convolve(conv, x, m)
             x = F.relu_(F.group_norm(x, m, norm.weight.repeat(m), norm.bias.repeat(m), norm.eps))
         return x
 
+    def prepare(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries Q (B, C, h, w) for `of_product`, once for all references: convolved and centred; their covariance."""
+        q = self.convolve(self.convs[0], q, q.shape[1])
+        q = q - q.mean((2, 3), keepdim=True)
+        return q, tokens(q).mT @ tokens(q) / q[0, 0].numel()                                     # (B, C, C)
+
+    def of_product(self, prepared: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
+        """self(Q K^T) for keys K (B, m, C): (B, m c_out, h, w).
+
+        Convolutions act on positions and Q K^T on channels, so they commute: convolve the C images of Q, not the m of
+        A. And the image of key k has the mean mean(Q) k and the variance k^T cov(Q) k: GroupNorm is a scale of keys.
+        """
+        (q, covariance), norm = prepared, self.norms[0]
+        variance = (keys @ covariance * keys).sum(-1, keepdim=True)                              # (B, m, 1)
+        keys = keys * (variance + norm.eps).rsqrt() * norm.weight
+        x = F.relu_(as_image(tokens(q) @ keys.mT, q.shape[-2:]).add_(norm.bias))                 # (B, m, h, w)
+        return self(x, first=1)
+
 
 class AffinityAggregation(nn.Module):
-    """SAR and MAA: Q^2, Q^3 (B, C_l, h_l, w_l), K^2, K^3 (B, m, C_l), A^4 (B, m, h_4, w_4) -> M^2 (B, m, h_2, w_2)."""
+    """SAR and MAA of one reference's affinities A^2, A^3, A^4 -> M^2 (B, m, h_2, w_2)."""
 
     def __init__(self, variant: str):
         super().__init__()
@@ -116,12 +138,13 @@ class AffinityAggregation(nn.Module):
             self.g43 = AffinityRefinement((1, 1, 3))
             self.g32 = AffinityRefinement((1, 1, 3))
 
-    def forward(self, q2: Tensor, key2: Tensor, q3: Tensor, key3: Tensor, a4: Tensor) -> Tensor:
-        def up(coarse: Tensor, fine: Tensor) -> Tensor:
-            return F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=True)
+    def forward(self, queries: "Queries", key2: Tensor, key3: Tensor, a4: Tensor) -> Tensor:
+        """Prepared Q^2 and Q^3, keys K^2 and K^3 (B, m, C_l), and A^4 (B, m, h_4, w_4) -> M^2."""
+        def add_up(coarse: Tensor, fine: Tensor) -> Tensor:
+            return F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=True).add_(fine)
 
-        m3 = self.g43(up(self.g4(a4), q3).add_(self.g3(q3, key3)))
-        return self.g32(up(m3, q2).add_(self.g2(q2, key2)))
+        m3 = self.g43(add_up(self.g4(a4), self.g3.of_product(queries.q3, key3)))
+        return self.g32(add_up(m3, self.g2.of_product(queries.q2, key2)))
 
 
 class MRCFA(nn.Module):
@@ -193,10 +216,11 @@ class MRCFA(nn.Module):
         return Reference(self.key2(tokens(self.reduce2(f2))), self.key3(tokens(self.reduce3(f3))),
                          self.key4(tokens(f4)), tokens(self.value(F.avg_pool2d(fused, 2))))
 
-    def queries(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Q^2, Q^3, Q^4 of target frames, (B, C_l, h_l, w_l)."""
+    def queries(self, features: Sequence[Tensor]) -> Queries:
+        """The queries of target frames."""
         layers = zip((self.query2, self.query3, self.query4), features[1:])
-        return [as_image(query(tokens(f)), f.shape[-2:]) for query, f in layers]
+        q2, q3, q4 = (as_image(query(tokens(f)), f.shape[-2:]) for query, f in layers)           # (B, C_l, h_l, w_l)
+        return Queries(self.aggregation.g2.prepare(q2), self.aggregation.g3.prepare(q3), q4)
 
     def segment(self, features: Sequence[Tensor], fused: Tensor, references: Sequence[Reference]) -> Tensor:
         """The target's logits (B, K, H/4, W/4) from its own features and its T-1 references."""
@@ -209,13 +233,13 @@ class MRCFA(nn.Module):
             logits = torch.baddbmm(logits, attention, F.linear(values, weight))                  # (B, n_2, K)
         return upsample(as_image(logits, own.shape[-2:]))
 
-    def attend(self, queries: Sequence[Tensor], reference: Reference) -> tuple[Tensor, Tensor]:
+    def attend(self, queries: Queries, reference: Reference) -> tuple[Tensor, Tensor]:
         """Where the target reads in one reference: weights B (B, n_2, m) on the kept values V (B, m, 256)."""
-        q2, q3, q4 = queries
+        q4 = queries.q4
         kept, a4 = self.selective_token_masking(tokens(q4) @ reference.key4.mT, q4.shape[-2:])
         key2, key3, values = (x.take_along_dim(kept[..., None], 1)                               # (B, m, C_l)
                               for x in (reference.key2, reference.key3, reference.value))
-        m2 = self.aggregation(q2, key2, q3, key3, as_image(a4, q4.shape[-2:]))
+        m2 = self.aggregation(queries, key2, key3, as_image(a4, q4.shape[-2:]))
         return tokens(m2).softmax(-1), values
 
     def selective_token_masking(self, a4: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -190,13 +190,17 @@ class SegFormerHead(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         # The 1x1 convolution of the concatenation is a sum over stages, and it commutes with bilinear upsampling:
         # project each F_l by the one matrix W_fuse,l W_l at its own stride, then upsample and sum.
-        fuse = reversed(self.fuse.weight.flatten(1).chunk(4, dim=1))                             # W_fuse,1 ... 4
-        projected = [F.conv2d(feature, (weight @ linear.weight)[..., None, None], weight @ linear.bias)
-                     for feature, linear, weight in zip(features, self.linears, fuse)]
-        out = projected[0]
-        for x in projected[1:]:
-            out += F.interpolate(x, out.shape[-2:], mode="bilinear")
-        return F.relu_(self.norm(out))
+        fuse, shift = self.fuse.weight.flatten(1), 0
+        if not self.norm.training:  # with fixed statistics BatchNorm is a scale of W_fuse and a shift
+            scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
+            fuse, shift = scale[:, None] * fuse, self.norm.bias - scale * self.norm.running_mean
+        for feature, linear, weight in zip(features, self.linears, reversed(fuse.chunk(4, dim=1))):
+            x = F.conv2d(feature, (weight @ linear.weight)[..., None, None], weight @ linear.bias + shift)
+            if feature is features[0]:
+                out, shift = x, 0
+            else:
+                out += F.interpolate(x, out.shape[-2:], mode="bilinear")
+        return F.relu_(self.norm(out) if self.norm.training else out)
 
 
 def classifier(embed_dim: int, num_classes: int) -> nn.Sequential:
