@@ -241,6 +241,25 @@ def test_stream_answers_as_the_clips_do(stride, offsets):
             assert len(stream.history) <= max(offsets)
 
 
+def test_stream_keeps_the_keys_and_values_of_nine_frames_and_nothing_else():
+    model, kept = tiny(), []
+    stream = model.stream()
+    for t in range(30):
+        stream(torch.randn(3, 64, 96))
+        tensors = [x for reference in stream.history for x in reference]
+        kept.append(sum(x.untyped_storage().nbytes() for x in tensors))
+    assert kept[8] == kept[19] == kept[29] == 9 * 4 * (6 * (64 + 160 + 256) + 6 * 256)  # frames, bytes, N x C_l
+
+
+@pytest.mark.parametrize("stride", [16, 32])
+def test_model_can_be_exported_as_one_graph(stride):
+    model, clip = tiny(stride=stride), torch.randn(1, 4, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(clip)
+        torch.testing.assert_close(torch.export.export(model, (clip,)).module()(clip), expected)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(clip), expected)
+
+
 def test_reference_indices_follow_the_protocol():
     assert [reference_indices(t) for t in (0, 2, 3, 4, 8, 9, 10, 40)] == [
         [], [], [0, 1, 2], [0, 2, 3], [0, 3, 6], [0, 3, 6], [1, 4, 7], [31, 34, 37]]
@@ -548,6 +567,30 @@ def test_released_checkpoint_goes_through_evaluation(videos, tmp_path, monkeypat
         assert run(evaluation, monkeypatch, *args, *more) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert str(path) in error and message in error
+
+
+def test_a_folder_of_frames_is_segmented(videos, tmp_path, monkeypatch, capsys):
+    path, frames, masks = tmp_path / "model.pt", videos / "data/v/origin", tmp_path / "masks"
+    torch.save({"meta": {}, "state_dict": official_state("b0", 3)}, path)
+    args = ["--checkpoint", path, "--model", "mrcfa_b0", "--num-classes", 3, "--frame-size", 96, 64]
+    assert run(evaluation, monkeypatch, *args, "--frames", frames, "--save", masks, "--amp", "bf16") == 0
+    assert sorted(mask.stem for mask in masks.iterdir()) == sorted(frame.stem for frame in frames.iterdir())
+    assert run(evaluation, monkeypatch, *args, "--frames", frames, "--save", masks) == 2
+    assert "exists already" in capsys.readouterr().err
+    Image.new("RGB", (64, 64)).save(frames / "99999.png")
+    assert run(evaluation, monkeypatch, *args, "--frames", frames, "--save", tmp_path / "more") == 2
+    assert "99999.png: 64x64, but other frames of this video are 96x64" in capsys.readouterr().err
+    Image.new("RGB", (96, 64)).save(frames / "00000.png")
+    assert run(evaluation, monkeypatch, *args, "--frames", frames, "--save", tmp_path / "others") == 2
+    assert "same name" in capsys.readouterr().err
+
+
+def test_benchmark_prints_a_row_for_each_way(monkeypatch, capsys):
+    assert run(evaluation, monkeypatch, "--benchmark", "--variants", "b0", "--size", 64, 64, "--num-classes", 3) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("| b0")]
+    assert [row[0] for row in rows] == ["b0 SegFormer", "b0 MRCFA by clips", "b0 MRCFA streaming"]
+    gflops = [float(row[2]) for row in rows]
+    assert gflops[1] > gflops[2] >= gflops[0] > 0 and rows[2][6] == "1.47" and float(rows[0][5]) == 1
 
 
 def spoil(videos: Path, how: str):
