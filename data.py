@@ -193,7 +193,8 @@ class ClipDataset(torch.utils.data.Dataset):
         self.num_classes, self.offsets, self.crop = num_classes, tuple(offsets), tuple(crop)
         self.frame_size, self.scale_range, self.seed = tuple(frame_size), tuple(scale_range), seed
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def choose(self, index: int) -> tuple[list[Path], list[Path], np.random.Generator]:
+        """Item i's frames and masks, target last, and the random numbers for its augmentation."""
         epoch, place = divmod(index, len(self.videos))
         video = self.videos[np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.videos))[place]]
         rng = np.random.default_rng((self.seed, 1, index))
@@ -201,10 +202,14 @@ class ClipDataset(torch.utils.data.Dataset):
         clip = [target - offset for offset in (*self.offsets, 0)]
         if rng.random() < 0.5:  # play the video backwards
             clip = [len(video.frames) - 1 - t for t in clip]
-        frames = [read_frame(video.frames[t]) for t in clip]
-        labels = [read_labels(video.masks[t], frame.size, self.num_classes) for t, frame in zip(clip, frames)]
-        for t, frame in zip(clip, frames):
-            check_same_size(video.frames[t], frame.size, frames[0].size)
+        return [video.frames[t] for t in clip], [video.masks[t] for t in clip], rng
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        paths, masks, rng = self.choose(index)
+        frames = [read_frame(path) for path in paths]
+        for path, frame in zip(paths, frames):
+            check_same_size(path, frame.size, frames[0].size)
+        labels = [read_labels(mask, frames[0].size, self.num_classes) for mask in masks]
         return self.augment(frames, labels, rng)
 
     def augment(self, frames: list[Image.Image], labels: list[Image.Image],

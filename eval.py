@@ -16,6 +16,7 @@ from typing import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ WINDOWS = (8, 16)             # n of the video consistencies mVC_n, in frames
 CLASSES_AT_ONCE = 8           # of the logits at full size, when decoding a mask
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PAPER_FPS = {"b0": (73.4, 50.0), "b1": (58.7, 40.1), "b2": (39.2, 32.1), "b5": (17.2, 15.7)}  # SegFormer's and MRCFA's
-ROUNDS, WARM_UP_ROUNDS = 7, 2 # of the benchmark
+ROUNDS, WARM_UP_ROUNDS = 7, 2  # of the benchmark
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = {"mIoU": "mIoU", "weighted_IoU": "weighted IoU", "mVC8": "mVC8", "mVC16": "mVC16",
            "pixel_accuracy": "pixel acc."}
 
@@ -65,6 +67,12 @@ class SegmentationMetrics:
             self.confusion += np.bincount(k * label + prediction, minlength=k * k).reshape(k, k)
         if len(labels) > max(WINDOWS):
             self._add_consistencies(labels, predictions)
+
+    def merge(self, other: "SegmentationMetrics"):
+        """Add the videos of another one."""
+        self.confusion += other.confusion
+        for n, consistencies in other.consistencies.items():
+            self.consistencies[n] += consistencies
 
     def _add_consistencies(self, labels: np.ndarray, predictions: np.ndarray):
         # For how many frames, this one included, has each pixel had the value it has now? It is constant over the
@@ -158,12 +166,17 @@ def autocast(device: torch.device, amp: str | None) -> torch.autocast:
 
 def evaluate(model: nn.Module, videos: list[Video], num_classes: int, frame_size: Sequence[int] = FRAME_SIZE,
              save: Path | None = None, amp: str | None = None) -> SegmentationMetrics:
-    """Segment videos by the protocol and compare with their labels; `save` is a folder for the masks."""
-    training, metrics = model.training, SegmentationMetrics(num_classes)
+    """Segment videos by the protocol and compare with their labels; `save` is a folder for the masks.
+
+    In a torch.distributed process group each process takes its share of the videos, and all get the metrics of all.
+    """
+    training = model.training
     model.eval()
-    frames = sum(len(video.frames) for video in videos)
-    with tqdm(total=frames, desc="evaluate", unit="frame", dynamic_ncols=True) as bar:
-        for video in videos:
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine, each = videos[rank::processes], []
+    frames = sum(len(video.frames) for video in mine)
+    with tqdm(total=frames, desc="evaluate", unit="frame", dynamic_ncols=True, disable=rank > 0) as bar:
+        for video in mine:
             masks, labels = [], []
             for i, mask in enumerate(segment_video(model, video.frames, frame_size, amp)):
                 masks.append(mask)
@@ -171,8 +184,16 @@ def evaluate(model: nn.Module, videos: list[Video], num_classes: int, frame_size
                 if save:
                     save_mask(mask, save / video.name / f"{video.frames[i].stem}.png")
                 bar.update()
-            metrics.update(np.stack(labels), np.stack(masks))
+            each.append(SegmentationMetrics(num_classes))
+            each[-1].update(np.stack(labels), np.stack(masks))
     model.train(training)
+    shares = [each]
+    if processes > 1:
+        shares = [[] for _ in range(processes)]
+        dist.all_gather_object(shares, each)
+    metrics = SegmentationMetrics(num_classes)
+    for i in range(len(videos)):
+        metrics.merge(shares[i % processes][i // processes])
     return metrics
 
 
@@ -343,8 +364,10 @@ def benchmark(args: argparse.Namespace):
             streaming = name == "MRCFA streaming" and variant in PAPER_FPS
             paper = f"{PAPER_FPS[variant][0] / PAPER_FPS[variant][1]:.2f}" if streaming else ""
             ratio = network / costs["SegFormer"][0]
-            print(f"| {variant} {name} | {count[name]:.2f} | {gflops[name]:.1f} | {1e3 * network:.0f} | {1 / network:.2f} | "
-                  f"{ratio:.2f} | {paper} | {1e3 * with_mask:.0f} | {1 / with_mask:.2f} | {megabytes:.0f} |", flush=True)
+            cells = [f"{variant} {name}", f"{count[name]:.2f}", f"{gflops[name]:.1f}", f"{1e3 * network:.0f}",
+                     f"{1 / network:.2f}", f"{ratio:.2f}", paper, f"{1e3 * with_mask:.0f}", f"{1 / with_mask:.2f}",
+                     f"{megabytes:.0f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -415,11 +438,11 @@ def parse_args() -> argparse.Namespace:
           help="scale frames to fit this, if not as in training")
     model("--amp", choices=AMP, help="mixed precision, for speed on GPUs; float32 without")
     model("--compile", action="store_true", help="torch.compile the network: pays after a minute or so of compilation")
-    model("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
+    model("--device", type=device, default=DEVICE, help="where the network runs")
 
     speed = parser.add_argument_group("benchmark").add_argument
     speed("--variants", nargs="+", choices=MIT_VARIANTS, default=list(PAPER_FPS), metavar="NAME", help="of b0 ... b5")
-    speed("--size", type=positive, nargs=2, default=(480, 864), metavar=("H", "W"), help="of the input, multiples of 32")
+    speed("--size", type=positive, nargs=2, default=(480, 864), metavar=("H", "W"), help="multiples of 32")
     args = parser.parse_args()
     if args.checkpoint and (args.data is None) == (args.frames is None):
         parser.error("--checkpoint needs --data DIR to evaluate on, or --frames DIR to segment")

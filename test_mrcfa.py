@@ -5,6 +5,8 @@ that are functions of a name and a seed (`tensor_for`, `clip_for`).
 """
 import json
 import math
+import os
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -554,6 +556,32 @@ def test_resumed_training_ends_where_an_unbroken_one_does(videos, tmp_path, monk
         assert torch.equal(first["model"][key], second["model"][key]), key
     logs = [[json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()] for path in (whole, broken)]
     assert [line["loss"] for line in logs[0][:4]] == [line["loss"] for line in logs[1][:4]]
+
+
+def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(videos, tmp_path, monkeypatch, capsys):
+    out, real = tmp_path / "run", training.loss_of
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "loss_of", interrupted)
+        assert run(training, patch, "--data", videos, "--out", out, "--iters", 3, *SMALL) == 130
+    assert f"stopped at iteration 1; to go on: python train.py --resume --out {out}" in capsys.readouterr().err
+    assert torch.load(out / "last.pt", weights_only=True)["iteration"] == 1
+    assert run(training, monkeypatch, "--resume", "--out", out) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(videos, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "loss_of", lambda *args, real=training.loss_of: real(*args) * math.nan)
+        assert run(training, patch, "--data", videos, "--out", out, "--iters", 3, *SMALL) == 1
+    error = capsys.readouterr().err
+    assert "the loss of iteration 0 is nan" in error and error.count("origin") == 2
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    assert checkpoint["iteration"] == 0 and all(torch.isfinite(x).all() for x in checkpoint["model"].values())
 
 
 def test_released_checkpoint_goes_through_evaluation(videos, tmp_path, monkeypatch, capsys):

@@ -1,26 +1,34 @@
 """Train MRCFA, or the SegFormer it sits on, on labelled videos with the recipe of the paper.
 
-    python train.py --model mrcfa_b1 --data VSPW --dataset vspw --pretrained mit_b1.pth --out runs/vspw_b1
-    python train.py --resume --out runs/vspw_b1            # goes on where that run was stopped
+    python train.py --model mrcfa_b1 --data VSPW --pretrained mit_b1.pth --out runs/vspw_b1
+    torchrun --nproc_per_node 4 train.py --batch-size 2 --model mrcfa_b1 ...    # the paper's 4 GPUs x 2 clips
+    python train.py --resume --out runs/vspw_b1            # goes on where that run was stopped, however it was
 
-The run's folder holds last.pt, best.pt (by mIoU) and log.jsonl, one JSON object an interval.
+The run's folder holds last.pt, best.pt (by mIoU) and log.jsonl, one JSON object an interval. Clips, augmentation and
+dropout of step i depend on (seed, i) alone, so a run that was stopped ends as one that wasn't, bit for bit on a CPU.
 """
 import argparse
+import contextlib
 import json
+import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any, BinaryIO, Callable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import FRAME_SIZE, SCALE_RANGE, STRIDE, ClipDataset, DataError, Video, read_classes, read_split
-from eval import (MODELS, ArgumentParser, build_model, command_line, device, evaluate, json_metrics, positive,
-                  refuse_to_overwrite, table)
+from eval import (AMP, DEVICE, MODELS, ArgumentParser, autocast, build_model, command_line, device, evaluate, json_metrics,
+                  positive, refuse_to_overwrite, table)
 from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, mrcfa_loss
 from segformer import load_pretrained, load_strictly, read_checkpoint, segmentation_loss
 
@@ -31,7 +39,7 @@ PLACE = ("out", "resume", "device")  # arguments that belong to where a run happ
 
 def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The training loss of clips (B, T, 3, h, w) and labels (B, T, h, w); SegFormer takes each frame by itself."""
-    if isinstance(model, MRCFA):
+    if isinstance(getattr(model, "module", model), MRCFA):
         return mrcfa_loss(*model(images), labels)
     return segmentation_loss(model(images.flatten(0, 1)), labels.flatten(0, 1))
 
@@ -54,89 +62,160 @@ def lr_factor(i: int, iters: int, warmup: int) -> float:
     return factor * (1 - (1 - i / warmup) * (1 - WARMUP_START)) if i < warmup else factor
 
 
-def save_checkpoint(path: Path, content: dict):
-    """Write a checkpoint whole or not at all."""
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]):
+    """Let `write` write a file, whole or not at all: under another name, down to the disk, then renamed."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
-        torch.save(content, file)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
+def ignore_interrupts(_: int):
+    """What a loader's worker does about Ctrl-C, which reaches every process: leave it to the training."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Run:
-    """A run's folder: its checkpoints and its log."""
+    """A training and its folder: the model, the checkpoints and the log. One for each process, the first one writes."""
 
-    def __init__(self, args: argparse.Namespace, config: dict, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.args, self.config, self.model, self.optimizer = args, config, model, optimizer
-        self.iteration, self.best = 0, -1.0
+    def __init__(self, args: argparse.Namespace, config: dict, model: nn.Module):
+        self.args, self.config, self.model = args, config, model
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        groups = parameter_groups(model, args.lr, args.head_lr, args.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS)
+        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+        self.iteration, self.best, self.signal = 0, -1.0, 0
 
-    def resume(self):
+    def resume(self, checkpoint: dict):
         """Take over the state of last.pt, and forget what the log says of later iterations."""
-        path = self.args.out / "last.pt"
-        checkpoint = read_checkpoint(path)
         load_strictly(self.model, checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
         self.iteration, self.best = checkpoint["iteration"], checkpoint["best"]
         log = self.args.out / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.write_text("".join(line for line in lines if json.loads(line)["iteration"] <= self.iteration))
+        if self.rank == 0 and log.exists():
+            # A line that was being written when the run was killed has no end, and is of a later iteration, too.
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            text = "".join(line for line in lines if json.loads(line)["iteration"] <= self.iteration)
+            write_whole(log, lambda file: file.write(text.encode()))
 
     def save(self, name: str):
         """Write a checkpoint that rebuilds the model by itself and continues the run."""
-        args = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()
-                if key not in PLACE}
-        save_checkpoint(self.args.out / name, {
-            "model": self.model.state_dict(), "config": self.config, "optimizer": self.optimizer.state_dict(),
-            "iteration": self.iteration, "best": self.best, "args": args})
+        if self.rank == 0:
+            args = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()
+                    if key not in PLACE}
+            content = {"model": self.model.state_dict(), "config": self.config, "args": args,
+                       "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                       "iteration": self.iteration, "best": self.best}
+            write_whole(self.args.out / name, lambda file: torch.save(content, file))
 
     def log(self, **values):
         """Add a line to log.jsonl."""
-        with open(self.args.out / "log.jsonl", "a") as file:
-            file.write(json.dumps({"iteration": self.iteration, **values}) + "\n")
+        if self.rank == 0:
+            with open(self.args.out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"iteration": self.iteration, **values}) + "\n")
 
     def evaluate(self, videos: list[Video]):
         """Evaluate; print, log, and keep the checkpoint if it is the best so far."""
+        if self.processes > 1:  # the first process's BatchNorm statistics are the ones that are saved
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
         metrics = evaluate(self.model, videos, len(self.config["classes"]), self.config["frame_size"]).compute()
-        tqdm.write(f"iteration {self.iteration}\n{table(self.config['model'], metrics)}")
+        if self.rank == 0:
+            tqdm.write(f"iteration {self.iteration}\n{table(self.config['model'], metrics)}")
         self.log(**json_metrics(metrics))
         if metrics["mIoU"] > self.best:
             self.best = metrics["mIoU"]
             self.save("best.pt")
 
+    def samples(self, start: int, end: int) -> list[int]:
+        """Which of the data set's clips this process takes in iterations start ... end - 1."""
+        size, batches = self.args.batch_size, range(start * self.args.accumulate, end * self.args.accumulate)
+        firsts = (size * (batch * self.processes + self.rank) for batch in batches)
+        return [i for first in firsts for i in range(first, first + size)]
+
+    def step(self, network: nn.Module, batches) -> float:
+        """One iteration: the mean loss of `accumulate` batches, and a step of the optimiser unless it isn't finite."""
+        args, total = self.args, 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor(self.iteration, args.iters, args.warmup)
+        self.optimizer.zero_grad()
+        for i in range(args.accumulate):
+            images, labels = (x.to(args.device, non_blocking=True) for x in next(batches))
+            share = (self.iteration * args.accumulate + i) * self.processes + self.rank
+            torch.manual_seed((args.seed << 32) + share)  # dropout follows from the seed and the batch
+            last = i == args.accumulate - 1
+            with contextlib.nullcontext() if last or self.processes == 1 else network.no_sync():
+                with autocast(args.device, args.amp):
+                    loss = loss_of(network, images, labels) / args.accumulate
+                self.scaler.scale(loss).backward()
+            total += loss.item()
+        return total
+
+    def agree(self, loss: float) -> tuple[float, bool]:
+        """The mean loss of all processes, not finite if one isn't, and whether any of them was told to stop."""
+        status = torch.tensor([loss, self.signal > 0], device=self.args.device)
+        if self.processes > 1:
+            dist.all_reduce(status)
+        return status[0].item() / self.processes, bool(status[1] > 0)
+
     def train(self, clips: ClipDataset, val: list[Video]):
         """Train from the current iteration to the last one."""
-        args = self.args
-        order = range(self.iteration * args.batch_size, args.iters * args.batch_size)
-        loader = DataLoader(clips, args.batch_size, sampler=order, num_workers=args.workers)
-        losses, since = [], time.time()
+        args, network = self.args, self.model
+        if self.processes > 1:
+            network = DistributedDataParallel(self.model)
+        if args.compile:
+            network.compile()
+        loader = DataLoader(clips, args.batch_size, sampler=self.samples(self.iteration, args.iters),
+                            num_workers=args.workers, worker_init_fn=ignore_interrupts,
+                            pin_memory=args.device.type == "cuda")
+        batches, losses, since = iter(loader), [], time.time()
         self.model.train()
-        with tqdm(total=args.iters, initial=self.iteration, desc=args.model, unit="it", dynamic_ncols=True) as bar:
-            for images, labels in loader:
-                torch.manual_seed((args.seed << 32) + self.iteration)  # dropout follows from (seed, iteration)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * lr_factor(self.iteration, args.iters, args.warmup)
-                loss = loss_of(self.model, images.to(args.device), labels.to(args.device))
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-                losses.append(loss.item())
+        with tqdm(total=args.iters, initial=self.iteration, desc=args.model, unit="it", dynamic_ncols=True,
+                  disable=self.rank > 0) as bar:
+            while self.iteration < args.iters:
+                own_loss = self.step(network, batches)
+                loss, stop = self.agree(own_loss)
+                if not math.isfinite(loss):
+                    self.stop_at_bad_loss(own_loss, clips)
+                losses.append(loss)
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
                 self.iteration += 1
                 bar.update()
                 bar.set_postfix(loss=f"{np.mean(losses):.3f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}")
 
                 if self.iteration % args.log_every == 0 or self.iteration == args.iters:
-                    speed = len(losses) * args.batch_size / (time.time() - since)
+                    speed = len(losses) * args.batch_size * args.accumulate * self.processes / (time.time() - since)
                     self.log(loss=float(np.mean(losses)), lr=self.optimizer.param_groups[0]["lr"],
                              clips_per_second=round(speed, 3))
                     losses, since = [], time.time()
-                if self.iteration % args.save_every == 0 or self.iteration == args.iters:
+                if stop or self.iteration % args.save_every == 0 or self.iteration == args.iters:
                     self.save("last.pt")
+                if stop:
+                    self.stop_at_signal()
                 if args.eval_every and self.iteration % args.eval_every == 0 and self.iteration < args.iters:
                     self.evaluate(val)
                     since = time.time()
         self.evaluate(val)
         self.save("last.pt")
+
+    def stop_at_signal(self):
+        """End the process after SIGTERM or Ctrl-C; all that was computed is in last.pt."""
+        if self.rank == 0:
+            print(f"stopped at iteration {self.iteration}; to go on: python train.py --resume --out {self.args.out}",
+                  file=sys.stderr)
+        sys.exit(128 + (self.signal or signal.SIGTERM))
+
+    def stop_at_bad_loss(self, loss: float, clips: ClipDataset):
+        """End the process because a loss isn't finite, before it spoils the weights; last.pt is from before it."""
+        if not math.isfinite(loss):
+            targets = ", ".join(str(clips.choose(i)[0][-1]) for i in self.samples(self.iteration, self.iteration + 1))
+            print(f"stopped: the loss of iteration {self.iteration} is {loss}, of the clips that end with {targets}; "
+                  f"{self.args.out / 'last.pt'} is from before it", file=sys.stderr)
+        sys.exit(1)
 
 
 def parse_args() -> argparse.Namespace:
@@ -150,14 +229,14 @@ def parse_args() -> argparse.Namespace:
     run("--resume", action="store_true", help="continue the run in --out with the arguments that it was started with")
     run("--pretrained", type=Path, help="ImageNet or SegFormer weights to start from: far better than from scratch")
     run("--seed", type=int, default=0, help="of initialisation, clips and dropout; several show the spread")
-    run("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
+    run("--device", type=device, default=DEVICE, help="where the network runs")
     run("--workers", type=int, default=2, help="processes that load clips: more if the network waits for them")
     run("--log-every", type=positive, default=50, help="iterations to average into a line of log.jsonl")
     run("--save-every", type=positive, default=500, help="iterations between checkpoints: what a crash costs at most")
     run("--eval-every", type=int, default=0, help="iterations between evaluations; 0 evaluates at the end alone")
 
     clips = parser.add_argument_group("clips").add_argument
-    clips("--batch-size", type=positive, default=8, help="clips an iteration; the paper's 8 are 4 GPUs x 2")
+    clips("--batch-size", type=positive, default=8, help="clips a process takes at a time; the paper's 8: 4 GPUs x 2")
     clips("--dilation", type=positive, nargs="+", default=OFFSETS, metavar="N",
           help="how many frames back the references lie; less where frames are far apart in time")
     clips("--frame-size", type=positive, nargs=2, default=FRAME_SIZE, metavar=("LONG", "SHORT"),
@@ -166,6 +245,11 @@ def parse_args() -> argparse.Namespace:
           help="random factor on the frame size in training; 1 1 keeps sizes as they are")
     clips("--crop", type=positive, nargs=2, default=(480, 480), metavar=("H", "W"),
           help="random crop, multiples of 32: memory and time depend on it")
+
+    speed = parser.add_argument_group("speed").add_argument
+    speed("--accumulate", type=positive, default=1, help="batches an iteration: a large one in little memory")
+    speed("--amp", choices=AMP, help="mixed precision, fp16 with scaled gradients; float32 without")
+    speed("--compile", action="store_true", help="torch.compile the network: pays after some minutes of compilation")
 
     recipe = parser.add_argument_group("model and optimiser").add_argument
     recipe("--reference-stride", type=int, choices=(16, 32), default=REFERENCE_STRIDE,
@@ -180,8 +264,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     args.out = args.out or Path("runs") / args.model
     if args.resume:  # what the run was started with are the defaults now
-        saved = load_for_resume(args.out)["args"]
-        parser.set_defaults(**saved)
+        parser.set_defaults(**read_run(args.out)["args"])
         args = parser.parse_args(namespace=argparse.Namespace(out=args.out))
     if args.data is None:
         parser.error("--data DIR is missing: the folder with train.txt, val.txt and data/")
@@ -192,7 +275,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def load_for_resume(out: Path) -> dict:
+def read_run(out: Path) -> dict:
     """The last checkpoint of a run."""
     try:
         return read_checkpoint(out / "last.pt")
@@ -200,16 +283,43 @@ def load_for_resume(out: Path) -> dict:
         raise DataError(f"can't resume: {error}") from None
 
 
-def main():
-    """Train and evaluate as the command line says."""
-    args = parse_args()
+@contextlib.contextmanager
+def process_group(args: argparse.Namespace):
+    """Join the other processes if torchrun started this one, each with a GPU of its own where there are any."""
+    if "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    if args.device.type == "cuda":
+        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def signals_noted(run: Run):
+    """Leave it to the training to end after SIGTERM or Ctrl-C, when its step is done."""
+    def note(number: int, _):
+        run.signal = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(args: argparse.Namespace):
+    """Train and evaluate in this process, alone or as one of several."""
+    checkpoint = read_run(args.out) if args.resume else None
     if not args.resume:
         refuse_to_overwrite(args.out)
-    classes, train, val = read_classes(args.data), read_split(args.data, "train"), read_split(args.data, "val")
-    clips = ClipDataset(train, len(classes), args.dilation, args.crop, args.frame_size, args.scale_range, args.seed)
-    if clips.too_short:
-        print(f"warning: {clips.too_short} of {len(train)} training videos are too short for --dilation "
-              f"{max(args.dilation)} and left out", file=sys.stderr)
+    classes, videos, val = read_classes(args.data), read_split(args.data, "train"), read_split(args.data, "val")
+    clips = ClipDataset(videos, len(classes), args.dilation, args.crop, args.frame_size, args.scale_range, args.seed)
 
     torch.manual_seed(args.seed)
     config = {"model": args.model, "classes": classes, "reference_stride": args.reference_stride,
@@ -220,14 +330,28 @@ def main():
             load_pretrained(model, args.pretrained)
         except ValueError as error:
             raise DataError(f"--pretrained {args.pretrained}: {error}") from None
-    model.to(args.device)
-    groups = parameter_groups(model, args.lr, args.head_lr, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS)
-    run = Run(args, config, model, optimizer)
-    if args.resume:
-        run.resume()
-    args.out.mkdir(parents=True, exist_ok=True)
-    run.train(clips, val)
+    if dist.is_initialized() and args.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    run = Run(args, config, model.to(args.device))
+    if run.rank == 0 and clips.too_short:
+        print(f"warning: {clips.too_short} of {len(videos)} training videos are too short for --dilation "
+              f"{max(args.dilation)} and left out", file=sys.stderr)
+    if checkpoint:
+        run.resume(checkpoint)
+    else:
+        if dist.is_initialized():
+            dist.barrier()  # until all have seen that the folder isn't there
+        args.out.mkdir(parents=True, exist_ok=True)
+        run.save("last.pt")  # from here on there is something to resume
+    with signals_noted(run):
+        run.train(clips, val)
+
+
+def main():
+    """Train and evaluate as the command line says."""
+    args = parse_args()
+    with process_group(args):
+        train(args)
 
 
 if __name__ == "__main__":
