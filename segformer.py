@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 EMBED_DIM = 256  # width of the head for b0 and b1, and for every MRCFA
 DROPOUT = 0.1    # of whole channels, before every classifier
+LOSS_ROWS = 32   # of the full-size logits that are alive at a time in the loss
 
 
 # ---------------------------------------------------------------------------------------------------------- encoder
@@ -230,19 +231,33 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
     """Summed cross entropy of logits at label size that keeps only the gradient at the small size.
 
     Full-size maps of K classes are what fills the memory in training. The gradient with respect to the *small*
-    logits is small, so it is taken here, map by map, in the forward pass, and one full-size map is alive at a time.
+    logits is small, so it is taken here, in the forward pass, and of one map only a band of rows is ever at full
+    size. That a band fits into the cache makes it faster, too.
     """
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        (h, _), (height, width) = logits.shape[-2:], labels.shape[-2:]
+        # Bilinear upsampling is a matrix for each side: that of the rows, (height, h), can be cut into bands.
+        matrix = F.interpolate(torch.eye(h).to(logits)[None, None], (height, h), mode="bilinear")[0, 0]
+        bands = []
+        for first in range(0, height, LOSS_ROWS):
+            used = matrix[first:first + LOSS_ROWS].any(0).nonzero()
+            bands.append((slice(first, first + LOSS_ROWS), slice(int(used[0]), int(used[-1]) + 1)))
         gradient, total = torch.empty_like(logits), logits.new_zeros(())
         for small, label, grad in zip(logits.split(1), labels.split(1), gradient.split(1)):
-            small = small.detach().contiguous().requires_grad_()
             with torch.enable_grad():
-                full = F.interpolate(small, label.shape[-2:], mode="bilinear")
-                loss = F.cross_entropy(full, label, ignore_index=ignore_index, reduction="sum")
-            grad.copy_(torch.autograd.grad(loss, small)[0])
-            total += loss.detach()
+                small = small.detach().contiguous().requires_grad_()
+                wide = F.interpolate(small, (h, width), mode="bilinear")                         # (1, K, h, width)
+            wide_grad = torch.zeros_like(wide)
+            for rows, source in bands:
+                with torch.enable_grad():
+                    part = wide[:, :, source].detach().requires_grad_()
+                    full = matrix[rows, source] @ part                                           # (1, K, rows, width)
+                    loss = F.cross_entropy(full, label[:, rows], ignore_index=ignore_index, reduction="sum")
+                wide_grad[:, :, source] += torch.autograd.grad(loss, part)[0]
+                total += loss.detach()
+            grad.copy_(torch.autograd.grad(wide, small, wide_grad)[0])
         ctx.save_for_backward(gradient)
         return total
 
@@ -256,7 +271,9 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -
 
     The mean is over *all* pixels: ignored ones add 0 but stay in the denominator, as in the released code.
     """
-    return _UpsampledCrossEntropy.apply(logits, labels, ignore_index) / labels.numel()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    with torch.autocast(logits.device.type, enabled=False):
+        return _UpsampledCrossEntropy.apply(logits, labels, ignore_index) / labels.numel()
 
 
 # ----------------------------------------------------------------------------------------------- pretrained weights

@@ -287,12 +287,12 @@ def test_target_reads_only_what_it_is_given():
 @pytest.mark.parametrize("target_only", [False, True])
 def test_loss_is_the_papers_and_so_are_its_gradients(target_only):
     torch.manual_seed(0)
-    frame_logits, clip_logits = (torch.randn(2, 3, 5, 8, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    labels = torch.randint(0, 5, (2, 32, 32) if target_only else (2, 3, 32, 32))
+    frame_logits, clip_logits = (torch.randn(2, 3, 5, 8, 10, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    labels = torch.randint(0, 5, (2, 75, 40) if target_only else (2, 3, 75, 40))  # more than two bands of rows
     labels[..., :7] = 255
 
     def cross_entropy(logits, label):
-        return F.cross_entropy(F.interpolate(logits, (32, 32), mode="bilinear"), label, ignore_index=255, reduction="none").mean()
+        return F.cross_entropy(F.interpolate(logits, (75, 40), mode="bilinear"), label, ignore_index=255, reduction="none").mean()
 
     target = labels if target_only else labels[:, -1]
     expected = 0.5 * (cross_entropy(frame_logits[:, -1], labels) if target_only else
