@@ -70,10 +70,11 @@ class Reference(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What a target frame asks of every reference: Q^2 and Q^3 as SAR prepares them, and Q^4 (B, C_4, h_4, w_4)."""
-    q2: tuple[Tensor, Tensor]
-    q3: tuple[Tensor, Tensor]
-    q4: Tensor
+    """What target frames ask every reference: as they are at stage 4, for STM, and at each scale as SAR prepares them."""
+    q4: Tensor                               # (B, C_4, h_4, w_4)
+    prepared2: tuple[Tensor, Tensor]
+    prepared3: tuple[Tensor, Tensor]
+    prepared4: tuple[Tensor, Tensor]
 
 
 class AffinityRefinement(nn.Module):
@@ -121,7 +122,7 @@ class AffinityRefinement(nn.Module):
 
 
 class AffinityAggregation(nn.Module):
-    """SAR and MAA of one reference's affinities A^2, A^3, A^4 -> M^2 (B, m, h_2, w_2)."""
+    """SAR and MAA of one reference's affinities A^l = Q^l (K^l)^T -> M^2 (B, m, h_2, w_2)."""
 
     def __init__(self, variant: str):
         super().__init__()
@@ -138,13 +139,13 @@ class AffinityAggregation(nn.Module):
             self.g43 = AffinityRefinement((1, 1, 3))
             self.g32 = AffinityRefinement((1, 1, 3))
 
-    def forward(self, queries: "Queries", key2: Tensor, key3: Tensor, a4: Tensor) -> Tensor:
-        """Prepared Q^2 and Q^3, keys K^2 and K^3 (B, m, C_l), and A^4 (B, m, h_4, w_4) -> M^2."""
+    def forward(self, queries: Queries, key2: Tensor, key3: Tensor, key4: Tensor) -> Tensor:     # (B, m, C_l)
         def add_up(coarse: Tensor, fine: Tensor) -> Tensor:
             return F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=True).add_(fine)
 
-        m3 = self.g43(add_up(self.g4(a4), self.g3.of_product(queries.q3, key3)))
-        return self.g32(add_up(m3, self.g2.of_product(queries.q2, key2)))
+        m4 = self.g4.of_product(queries.prepared4, key4)                                         # (B, m, h_4, w_4)
+        m3 = self.g43(add_up(m4, self.g3.of_product(queries.prepared3, key3)))                   # (B, m, h_3, w_3)
+        return self.g32(add_up(m3, self.g2.of_product(queries.prepared2, key2)))
 
 
 class MRCFA(nn.Module):
@@ -190,16 +191,16 @@ class MRCFA(nn.Module):
 
         # Time first: then the references and the target are plain slices of the encoded batch.
         features, fused = self.encode(clip.transpose(0, 1).flatten(0, 1))                        # (T B, C_l, h_l, w_l)
-        split = [x.split([(frames - 1) * batch, batch]) for x in (*features, fused)]
-        (*past_features, past_fused), (*target_features, target_fused) = zip(*split)
-        past = self.reference(past_features, past_fused)                                         # ((T-1) B, N, C)
+        split = [x.split([(frames - 1) * batch, batch]) for x in (*features, F.avg_pool2d(fused, 2))]
+        (*past_features, past_own), (*target_features, own) = zip(*split)
+        past = self.reference(past_features, past_own)                                           # ((T-1) B, N, C)
         references = [Reference(*x) for x in zip(*(y.split(batch) for y in past))]
         if not self.training:
-            return self.segment(target_features, target_fused, references)
+            return self.segment(target_features, own, references)
 
-        queries, own = self.queries(target_features), F.avg_pool2d(target_fused, 2)              # (B, 256, h_2, w_2)
+        queries = self.queries(target_features)
         outputs = [weights @ values for weights, values in (self.attend(queries, r) for r in references)]
-        outputs = [as_image(o, own.shape[-2:]) for o in outputs]                                 # O_i
+        outputs = [as_image(o, own.shape[-2:]) for o in outputs]                                 # O_i (B, 256, h_2, w_2)
         clip_logits = [classify(o) for classify, o in zip(self.auxiliary_classifiers, outputs)]
         clip_logits.append(self.classifier(sum(outputs) / len(outputs) + own))
         frame_logits = self.segformer.classifier(fused).unflatten(0, (frames, batch)).transpose(0, 1)
@@ -210,50 +211,53 @@ class MRCFA(nn.Module):
         features = self.segformer.encoder(images)
         return features, self.segformer.head(features)
 
-    def reference(self, features: Sequence[Tensor], fused: Tensor) -> Reference:
-        """Keys and values of frames, from those frames alone."""
+    def reference(self, features: Sequence[Tensor], own: Tensor) -> Reference:
+        """Keys and values of frames, from those frames alone: [F_1 ... F_4], and F at stride 8 (B, 256, h_2, w_2)."""
         _, f2, f3, f4 = features
         return Reference(self.key2(tokens(self.reduce2(f2))), self.key3(tokens(self.reduce3(f3))),
-                         self.key4(tokens(f4)), tokens(self.value(F.avg_pool2d(fused, 2))))
+                         self.key4(tokens(f4)), tokens(self.value(own)))
 
     def queries(self, features: Sequence[Tensor]) -> Queries:
-        """The queries of target frames."""
+        """The queries of target frames, from their [F_1 ... F_4]."""
         layers = zip((self.query2, self.query3, self.query4), features[1:])
         q2, q3, q4 = (as_image(query(tokens(f)), f.shape[-2:]) for query, f in layers)           # (B, C_l, h_l, w_l)
-        return Queries(self.aggregation.g2.prepare(q2), self.aggregation.g3.prepare(q3), q4)
+        sar = self.aggregation
+        return Queries(q4, sar.g2.prepare(q2), sar.g3.prepare(q3), sar.g4.prepare(q4))
 
-    def segment(self, features: Sequence[Tensor], fused: Tensor, references: Sequence[Reference]) -> Tensor:
-        """The target's logits (B, K, H/4, W/4) from its own features and its T-1 references."""
-        queries, own = self.queries(features), self.classifier(F.avg_pool2d(fused, 2))           # (B, K, h_2, w_2)
-        logits, weight = tokens(own), self.classifier[1].weight.flatten(1) / len(references)
+    def segment(self, features: Sequence[Tensor], own: Tensor, references: Sequence[Reference]) -> Tensor:
+        """The target's logits (B, K, H/4, W/4) from its [F_1 ... F_4], its F at stride 8, and its T-1 references."""
+        queries, image = self.queries(features), self.classifier(own)                            # (B, K, h_2, w_2)
+        logits, weight = tokens(image), self.classifier[1].weight.flatten(1) / len(references)
         for reference in references:
             attention, values = self.attend(queries, reference)
             # The classifier is linear: W (mean_i B_i V_i + F) = sum_i B_i (V_i W^T / (T-1)) + W F, with K columns to
             # read out of each reference instead of 256.
             logits = torch.baddbmm(logits, attention, F.linear(values, weight))                  # (B, n_2, K)
-        return upsample(as_image(logits, own.shape[-2:]))
+        return upsample(as_image(logits, image.shape[-2:]))
 
     def attend(self, queries: Queries, reference: Reference) -> tuple[Tensor, Tensor]:
         """Where the target reads in one reference: weights B (B, n_2, m) on the kept values V (B, m, 256)."""
-        q4 = queries.q4
-        kept, a4 = self.selective_token_masking(tokens(q4) @ reference.key4.mT, q4.shape[-2:])
-        key2, key3, values = (x.take_along_dim(kept[..., None], 1)                               # (B, m, C_l)
-                              for x in (reference.key2, reference.key3, reference.value))
-        m2 = self.aggregation(queries, key2, key3, as_image(a4, q4.shape[-2:]))
-        return tokens(m2).softmax(-1), values
+        grid = queries.q4.shape[-2:]
+        kept = self.selective_token_masking(tokens(queries.q4) @ reference.key4.mT, grid)
+        # On a finer grid of tokens A^4 is resized along the reference's axis, where it is linear in the keys.
+        *keys, values = (x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])) for x in (                # (B, m, C)
+            reference.key2, reference.key3, tokens(self.resize(as_image(reference.key4, grid))), reference.value))
+        return tokens(self.aggregation(queries, *keys)).softmax(-1), values
 
-    def selective_token_masking(self, a4: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """STM: which tokens of a reference are kept, (B, m), and A^4 of these alone, (B, n_4, m).
+    def selective_token_masking(self, a4: Tensor, grid: Sequence[int]) -> Tensor:
+        """STM: which tokens of a reference are kept, (B, m), by A^4 (B, n_4, n_4) on its (h_4, w_4) `grid`.
 
-        `a4` (B, n_4, n_4) has all tokens, on the reference's (h_4, w_4) `grid`. A token is as important as its 5
-        largest affinities add up to. How many are kept follows from the frame's size: every shape is a constant.
+        A token is as important as its 5 largest affinities add up to. How many are kept follows from the frame's size
+        alone: every shape is a constant.
         """
-        importance = a4.topk(min(IMPORTANCE_TOP, a4.shape[1]), dim=1).values.sum(1, keepdim=True)  # (B, 1, n_4)
-        if self.reference_stride < 32:  # the other keys lie on a finer grid: resize along the reference's axis
-            a4, importance = (F.interpolate(x.unflatten(2, tuple(grid)), scale_factor=32 // self.reference_stride,
-                                            mode="bilinear").flatten(2) for x in (a4, importance))  # (B, ., N)
-        kept = importance[:, 0].topk(max(1, int(self.keep_ratio * importance.shape[-1]))).indices  # (B, m)
-        return kept, a4.take_along_dim(kept[:, None], 2)
+        importance = a4.topk(min(IMPORTANCE_TOP, a4.shape[1]), dim=1).values.sum(1)              # (B, n_4)
+        importance = self.resize(importance.unflatten(1, tuple(grid))[:, None]).flatten(1)       # (B, N)
+        return importance.topk(max(1, int(self.keep_ratio * importance.shape[1]))).indices
+
+    def resize(self, x: Tensor) -> Tensor:
+        """From a reference's stride-32 grid to that of its tokens: (B, C, h_4, w_4) -> (B, C, h, w), h w = N."""
+        scale = 32 // self.reference_stride
+        return x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear")
 
     def stream(self) -> "Stream":
         """Segment one video frame by frame, each encoded once: `stream(frame)`, (3, H, W) -> (K, H/4, W/4)."""
@@ -282,13 +286,14 @@ class Stream:
         if self.model.training:
             raise ValueError("call model.eval() before streaming")
         features, fused = self.model.encode(frame[None])
+        own = F.avg_pool2d(fused, 2)
         indices = reference_indices(self.t, self.offsets)
         if indices:
             references = [self.history[i - self.t] for i in indices]  # i - t counts from the end
-            logits = self.model.segment(features, fused, references)
+            logits = self.model.segment(features, own, references)
         else:
             logits = self.model.segformer.classifier(fused)
-        self.history.append(self.model.reference(features, fused))
+        self.history.append(self.model.reference(features, own))
         self.t += 1
         return logits[0]
 
