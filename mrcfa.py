@@ -93,7 +93,11 @@ class AffinityRefinement(nn.Module):
     @staticmethod
     def convolve(conv: nn.Conv2d, x: Tensor, m: int) -> Tensor:
         """One convolution of m images with the same weights: a group for each, channels last, as Q K^T leaves them."""
-        return F.conv2d(x, conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m), padding=conv.padding, groups=m)
+        weight, bias, c = conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m), conv.in_channels
+        if c > conv.out_channels:  # 2 -> 1: on CPUs it is faster to convolve every channel by itself, and then sum
+            x = F.conv2d(x, weight.flatten(0, 1)[:, None], padding=conv.padding, groups=m * c)
+            return sum(x[:, i::c] for i in range(c)) + conv.bias
+        return F.conv2d(x, weight, bias, padding=conv.padding, groups=m)
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:
         for conv, norm in zip(self.convs[first:], self.norms[first:]):
