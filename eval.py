@@ -17,7 +17,6 @@ from typing import Callable, Iterator, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,13 +26,13 @@ from tqdm import tqdm
 from data import (FRAME_SIZE, IGNORE, DataError, Video, check_same_size, list_frames, network_input, read_classes,
                   read_frame, read_index_map, read_labels, read_split)
 from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, load_official
-from segformer import MIT_VARIANTS, SegFormer, load_pretrained, load_strictly, read_checkpoint, read_state_dict
+from segformer import (MIT_VARIANTS, SegFormer, bands, bilinear_matrix, load_pretrained, load_strictly,
+                       read_checkpoint, read_state_dict)
 
 WINDOWS = (8, 16)             # n of the video consistencies mVC_n, in frames
-CLASSES_AT_ONCE = 8           # of the logits at full size, when decoding a mask
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PAPER_FPS = {"b0": (73.4, 50.0), "b1": (58.7, 40.1), "b2": (39.2, 32.1), "b5": (17.2, 15.7)}  # SegFormer's and MRCFA's
-ROUNDS, WARM_UP_ROUNDS = 7, 2  # of the benchmark
+ROUNDS = 7                    # of the benchmark
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = {"mIoU": "mIoU", "weighted_IoU": "weighted IoU", "mVC8": "mVC8", "mVC16": "mVC16",
            "pixel_accuracy": "pixel acc."}
@@ -127,21 +126,13 @@ def json_metrics(metrics: dict[str, float]) -> dict[str, float | None]:
 def decode_mask(logits: Tensor, network_size: tuple[int, int], frame_size: tuple[int, int]) -> Tensor:
     """Logits (K, h, w) -> classes (H, W) uint8 at the frame's size: bilinear to the network's input size, from there
     to the frame's, argmax. Sizes are (height, width)."""
-    best, mask = None, None
-    # Only a few classes at a time are ever at full size, beside the best of those before. Contiguous, because
-    # bilinear upsampling of a channels-last map of many classes is slow on CPUs.
-    for first in range(0, len(logits), CLASSES_AT_ONCE):
-        some = logits[None, first:first + CLASSES_AT_ONCE].contiguous()
-        for size in (network_size, frame_size):
-            some = F.interpolate(some, size, mode="bilinear") if some.shape[-2:] != size else some
-        value, index = some[0].max(0)
-        index = (index + first).to(torch.uint8)
-        if best is None:
-            best, mask = value, index
-        else:
-            mask = torch.where(value > best, index, mask)
-            best = torch.maximum(value, best)
-    return mask
+    # Each side's two resizes are one matrix. Columns come first, while there are few rows; then a band of rows at a
+    # time, so that all classes are never at full size and the band fits into the cache.
+    rows, columns = ((bilinear_matrix(network, frame) @ bilinear_matrix(small, network)).to(logits)
+                     for small, network, frame in zip(logits.shape[1:], network_size, frame_size))
+    wide = torch.cat([logits[..., source] @ columns[band, source].T for band, source in bands(columns, 64)], dim=-1)
+    masks = [(rows[band, source] @ wide[:, source]).max(0).indices for band, source in bands(rows, 16)]
+    return torch.cat(masks).to(torch.uint8)
 
 
 def segment_video(model: nn.Module, frames: Sequence[Path], frame_size: Sequence[int],
@@ -321,14 +312,15 @@ def measure(methods: dict[str, Callable[[], Tensor]], size: tuple[int, int],
 
     times: dict[str, list] = {name: [] for name in methods}
     memory = {}
-    for _ in range(WARM_UP_ROUNDS + ROUNDS):
+    for _ in range(ROUNDS):
         for name, method in methods.items():
+            seconds(method)  # not counted: it warms up, and clears away what the method before it left in the caches
             peak_memory(device, reset=True)
             network, logits = seconds(method)
             memory[name] = peak_memory(device)
             decoding, _ = seconds(lambda: decode_mask(logits.float(), size, FRAME_SIZE[::-1]))
             times[name].append((network, network + decoding))
-    return {name: (*np.median(times[name][WARM_UP_ROUNDS:], axis=0), memory[name]) for name in methods}
+    return {name: (*np.median(times[name], axis=0), memory[name]) for name in methods}
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 EMBED_DIM = 256  # width of the head for b0 and b1, and for every MRCFA
 DROPOUT = 0.1    # of whole channels, before every classifier
-LOSS_ROWS = 32   # of the full-size logits that are alive at a time in the loss
 
 
 # ---------------------------------------------------------------------------------------------------------- encoder
@@ -227,6 +226,20 @@ class SegFormer(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------- loss
 
+def bilinear_matrix(size: int, new_size: int) -> Tensor:
+    """The (new_size, size) matrix that resizes one side bilinearly, `align_corners=False`; an image takes two."""
+    return F.interpolate(torch.eye(size)[None, None], (new_size, size), mode="bilinear")[0, 0]
+
+
+def bands(matrix: Tensor, rows: int = 32) -> list[tuple[slice, slice]]:
+    """A bilinear matrix as bands of some rows and the few columns that matter to them: (rows, columns) each."""
+    result = []
+    for first in range(0, len(matrix), rows):
+        used = matrix[first:first + rows].any(0).nonzero()
+        result.append((slice(first, first + rows), slice(int(used[0]), int(used[-1]) + 1)))
+    return result
+
+
 class _UpsampledCrossEntropy(torch.autograd.Function):
     """Summed cross entropy of logits at label size that keeps only the gradient at the small size.
 
@@ -238,19 +251,14 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         (h, _), (height, width) = logits.shape[-2:], labels.shape[-2:]
-        # Bilinear upsampling is a matrix for each side: that of the rows, (height, h), can be cut into bands.
-        matrix = F.interpolate(torch.eye(h).to(logits)[None, None], (height, h), mode="bilinear")[0, 0]
-        bands = []
-        for first in range(0, height, LOSS_ROWS):
-            used = matrix[first:first + LOSS_ROWS].any(0).nonzero()
-            bands.append((slice(first, first + LOSS_ROWS), slice(int(used[0]), int(used[-1]) + 1)))
+        matrix = bilinear_matrix(h, height).to(logits)
         gradient, total = torch.empty_like(logits), logits.new_zeros(())
         for small, label, grad in zip(logits.split(1), labels.split(1), gradient.split(1)):
             with torch.enable_grad():
                 small = small.detach().contiguous().requires_grad_()
                 wide = F.interpolate(small, (h, width), mode="bilinear")                         # (1, K, h, width)
             wide_grad = torch.zeros_like(wide)
-            for rows, source in bands:
+            for rows, source in bands(matrix):
                 with torch.enable_grad():
                     part = wide[:, :, source].detach().requires_grad_()
                     full = matrix[rows, source] @ part                                           # (1, K, rows, width)
