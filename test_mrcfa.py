@@ -280,7 +280,7 @@ def test_target_reads_only_what_it_is_given():
         model.keep_ratio = 1e-6
         features, fused = model.encode(clip[0])
         attention, values = model.attend(model.queries(features), model.reference(features, F.avg_pool2d(fused, 2)))
-    assert attention.shape == (4, 8 * 12, 1) and values.shape == (4, 1, 256)
+    assert attention.shape == (4, 1, 8, 12) and values.shape == (4, 1, 256)
     assert torch.equal(attention, torch.ones_like(attention))
 
 
