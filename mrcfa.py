@@ -61,6 +61,11 @@ def as_image(x: Tensor, size: Sequence[int]) -> Tensor:
     return x.unflatten(1, tuple(size)).permute(0, 3, 1, 2)
 
 
+def full_precision(*xs: Tensor) -> list[Tensor]:
+    """In float32 (or float64): affinities are sums without 1/sqrt(d), more than float16 can hold."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in xs]
+
+
 def product(x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
     """The matrix product of maps (B, C, h, w) and rows (B, m, C), like Q K^T and B V: (B, m, h, w).
 
@@ -231,10 +236,11 @@ class MRCFA(nn.Module):
 
     def queries(self, features: Sequence[Tensor]) -> Queries:
         """The queries of target frames, from their [F_1 ... F_4]."""
-        layers = zip((self.query2, self.query3, self.query4), features[1:])
-        q2, q3, q4 = (as_image(query(tokens(f)), f.shape[-2:]) for query, f in layers)           # (B, C_l, h_l, w_l)
-        sar = self.aggregation
-        return Queries(q4, sar.g2.prepare(q2), sar.g3.prepare(q3), sar.g4.prepare(q4))
+        with torch.autocast(features[0].device.type, enabled=False):
+            layers = zip((self.query2, self.query3, self.query4), full_precision(*features[1:]))
+            q2, q3, q4 = (as_image(query(tokens(f)), f.shape[-2:]) for query, f in layers)       # (B, C_l, h_l, w_l)
+            sar = self.aggregation
+            return Queries(q4, sar.g2.prepare(q2), sar.g3.prepare(q3), sar.g4.prepare(q4))
 
     def segment(self, features: Sequence[Tensor], own: Tensor, references: Sequence[Reference]) -> Tensor:
         """The target's logits (B, K, H/4, W/4) from its [F_1 ... F_4], its F at stride 8, and its T-1 references."""
@@ -244,19 +250,21 @@ class MRCFA(nn.Module):
             attention, values = self.attend(queries, reference)
             # The classifier is linear: W (mean_i B_i V_i + F) = sum_i B_i (V_i W^T / (T-1)) + W F, with K columns to
             # read out of each reference instead of 256.
-            logits += product(attention, (values @ weight.T).mT)
+            logits = logits + product(attention, (values @ weight.T).mT)
         return upsample(logits)
 
     def attend(self, queries: Queries, reference: Reference) -> tuple[Tensor, Tensor]:
         """Where the target reads in one reference: weights B (B, m, h_2, w_2) of the kept values V (B, m, 256)."""
         grid = queries.q4.shape[-2:]
-        kept = self.selective_token_masking(product(queries.q4, reference.key4))
-        # On a finer grid of tokens A^4 is resized along the reference's axis, where it is linear in the keys.
-        key4 = tokens(self.resize(as_image(reference.key4, grid)))                               # (B, N, C_4)
-        *keys, values = (x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))                 # (B, m, C)
-                         for x in (reference.key2, reference.key3, key4, reference.value))
-        m2 = self.aggregation(queries, *keys)
-        return as_image(tokens(m2).softmax(-1), m2.shape[-2:]), values
+        with torch.autocast(queries.q4.device.type, enabled=False):
+            key2, key3, key4, value = full_precision(*reference)
+            kept = self.selective_token_masking(product(queries.q4, key4))
+            # On a finer grid of tokens A^4 is resized along the reference's axis, where it is linear in the keys.
+            key4 = tokens(self.resize(as_image(key4, grid)))                                     # (B, N, C_4)
+            *keys, values = (x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))             # (B, m, C)
+                             for x in (key2, key3, key4, value))
+            m2 = self.aggregation(queries, *keys)
+            return as_image(tokens(m2).softmax(-1), m2.shape[-2:]), values
 
     def selective_token_masking(self, a4: Tensor) -> Tensor:
         """STM: which tokens of a reference are kept, (B, m), by A^4: an image (h_4, w_4) a token, (B, n_4, h_4, w_4).

@@ -225,6 +225,18 @@ def test_refinement_is_a_convolution_of_each_tokens_image():
     torch.testing.assert_close(refine(images), expected[:, 0].unflatten(0, (3, 4)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_holds_large_affinities(dtype):
+    model, clip = tiny(), torch.randn(1, 4, 3, 64, 96)
+    with torch.no_grad():
+        for layer in (model.query2, model.query3, model.query4):
+            layer.weight *= 3e5  # affinities beyond float16's 65504
+        expected = model(clip)
+        with torch.autocast("cpu", dtype):
+            logits = model(clip)
+    assert (logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
 def test_clips_of_a_batch_do_not_see_each_other():
     model, clips = tiny(), torch.randn(2, 4, 3, 64, 96)
     with torch.no_grad():
