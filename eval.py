@@ -473,6 +473,7 @@ def main():
         masks = segment_video(model, frames, config["frame_size"], args.amp)
         for frame in tqdm(frames, desc="segment", unit="frame", dynamic_ncols=True):
             save_mask(next(masks), args.save / f"{frame.stem}.png")
+        print(f"{len(frames)} masks are in {args.save}")
         return
     videos, classes = read_split(args.data, args.split), read_classes(args.data)
     if args.predictions:

@@ -4,8 +4,10 @@ Sun, Liu, Tang, Chhatkuli, Zhang, Van Gool, ECCV 2022, arXiv 2207.10436. The tar
 reference frames answer (keys K, values V). From the target's point of view, in the order of this file:
 
     cross-frame affinities                 A^l = Q^l (K^l)^T at scales l = 2, 3, 4 (strides 8, 16, 32)
-    STM, selective token masking           keep the reference tokens that matter, the same ones at every scale
-    SAR, single-scale affinity refinement  2-D convolutions over the image of affinities that each token has
+    STM, selective token masking           keep the reference tokens that matter; all scales have the same grid of
+                                           tokens, and MAA adds up a token's images, so it must be the same ones
+    SAR, single-scale affinity refinement  2-D convolutions over each token's image: its affinities to all positions
+                                           of the *target*
     MAA, multi-scale affinity aggregation  coarse to fine: M^3 = G^43(up(G^4(A^4)) + G^3(A^3)), then M^2 with A^2
     reconstruction                         O = mean_i softmax(M^2)_i V_i + the target's own features
 
@@ -84,7 +86,7 @@ class Reference(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What target frames ask every reference: as they are at stage 4, for STM, and at each scale as SAR prepares them."""
+    """What target frames ask every reference: Q^4 as it is, for STM, and each scale as SAR prepares it."""
     q4: Tensor                               # (B, C_4, h_4, w_4)
     prepared2: tuple[Tensor, Tensor]
     prepared3: tuple[Tensor, Tensor]
@@ -92,7 +94,7 @@ class Queries(NamedTuple):
 
 
 class AffinityRefinement(nn.Module):
-    """A stack G of (convolution, GroupNorm(1), ReLU) that refines the affinity image of every reference token alike.
+    """A stack G of (convolution, GroupNorm(1), ReLU) that refines every reference token's image of affinities alike.
 
     `layers` lists (channels in, channels out, kernel). Affinities of m tokens go in as (B, m c_in, h, w), the c
     channels of a token side by side, and come out as (B, m c_out, h, w). `of_product` is the same for an affinity
@@ -200,6 +202,8 @@ class MRCFA(nn.Module):
         self.classifier = classifier(EMBED_DIM, num_classes)
 
     def forward(self, clip: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if clip.ndim != 5:
+            raise ValueError(f"expected clips (B, T, 3, H, W), got the shape {tuple(clip.shape)}")
         batch, frames = clip.shape[:2]
         if frames < len(self.offsets) + 1 and not self.training:
             return self.segformer(clip[:, -1])
@@ -217,7 +221,7 @@ class MRCFA(nn.Module):
 
         queries = self.queries(target_features)
         attended = (self.attend(queries, reference) for reference in references)
-        outputs = [product(attention, values.mT) for attention, values in attended]              # O_i (B, 256, h_2, w_2)
+        outputs = [product(attention, values.mT) for attention, values in attended]  # O_i (B, 256, h_2, w_2)
         clip_logits = [classify(o) for classify, o in zip(self.auxiliary_classifiers, outputs)]
         clip_logits.append(self.classifier(sum(outputs) / len(outputs) + own))
         frame_logits = self.segformer.classifier(fused).unflatten(0, (frames, batch)).transpose(0, 1)

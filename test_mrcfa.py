@@ -318,7 +318,8 @@ def test_loss_is_the_papers_and_so_are_its_gradients(target_only):
 
 def test_model_refuses_what_it_cannot_take():
     model = tiny()
-    for clip, named in ((torch.zeros(1, 4, 3, 64, 90), "64x90"), (torch.zeros(1, 5, 3, 64, 64), "5 frames")):
+    for clip, named in ((torch.zeros(1, 4, 3, 64, 90), "64x90"), (torch.zeros(1, 5, 3, 64, 64), "5 frames"),
+                        (torch.zeros(1, 3, 64, 64), "B, T, 3, H, W")):
         with pytest.raises(ValueError, match=named):
             model(clip)
     with pytest.raises(ValueError, match="3 frames"):

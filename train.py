@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import FRAME_SIZE, SCALE_RANGE, STRIDE, ClipDataset, DataError, Video, read_classes, read_split
-from eval import (AMP, DEVICE, MODELS, ArgumentParser, autocast, build_model, command_line, device, evaluate, json_metrics,
-                  positive, refuse_to_overwrite, table)
+from eval import (AMP, DEVICE, MODELS, ArgumentParser, autocast, build_model, command_line, device, evaluate,
+                  json_metrics, positive, refuse_to_overwrite, table)
 from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, mrcfa_loss
 from segformer import load_pretrained, load_strictly, read_checkpoint, segmentation_loss
 
@@ -205,16 +205,16 @@ class Run:
     def stop_at_signal(self):
         """End the process after SIGTERM or Ctrl-C; all that was computed is in last.pt."""
         if self.rank == 0:
-            print(f"stopped at iteration {self.iteration}; to go on: python train.py --resume --out {self.args.out}",
-                  file=sys.stderr)
+            again = f"python train.py --resume --out {self.args.out}"
+            tqdm.write(f"stopped at iteration {self.iteration}; to go on: {again}", file=sys.stderr)
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def stop_at_bad_loss(self, loss: float, clips: ClipDataset):
         """End the process because a loss isn't finite, before it spoils the weights; last.pt is from before it."""
         if not math.isfinite(loss):
             targets = ", ".join(str(clips.choose(i)[0][-1]) for i in self.samples(self.iteration, self.iteration + 1))
-            print(f"stopped: the loss of iteration {self.iteration} is {loss}, of the clips that end with {targets}; "
-                  f"{self.args.out / 'last.pt'} is from before it", file=sys.stderr)
+            tqdm.write(f"stopped: the loss of iteration {self.iteration} is {loss}, of the clips that end with "
+                       f"{targets}; {self.args.out / 'last.pt'} is from before it", file=sys.stderr)
         sys.exit(1)
 
 
