@@ -140,9 +140,10 @@ def segment_video(model: nn.Module, frames: Sequence[Path], frame_size: Sequence
     """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size."""
     device = next(model.parameters()).device
     step = model.stream() if isinstance(model, MRCFA) else lambda x: model(x[None])[0]
-    for t, path in enumerate(frames):
+    size: tuple[int, int] | None = None
+    for path in frames:
         image = read_frame(path)
-        size = image.size if t == 0 else size
+        size = size or image.size
         check_same_size(path, image.size, size)
         with torch.no_grad(), autocast(device, amp):
             x = network_input(image, frame_size).to(device)
