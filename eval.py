@@ -401,8 +401,8 @@ def command_line(main: Callable[[], None]):
 
 
 def refuse_to_overwrite(path: Path):
-    """DataError where a file, or a folder with something in it, is already there."""
-    if path.is_file() or path.is_dir() and any(path.iterdir()):
+    """DataError where a file, or a folder with something in it, is already there; a half-written file is nothing."""
+    if path.is_file() or path.is_dir() and any(inside.suffix != ".tmp" for inside in path.iterdir()):
         raise DataError(f"{path}: exists already; give another name, or remove it")
 
 

@@ -25,6 +25,8 @@ from eval import SegmentationMetrics, decode_mask
 from mrcfa import MRCFA, AffinityRefinement, load_official, mrcfa_loss, reference_indices
 from segformer import MIT_VARIANTS, SegFormer, load_pretrained, mit, segmentation_loss
 
+torch.set_num_threads(1)  # at tiny sizes as fast as more, and in several processes at once faster
+
 
 # ----------------------------------------------------------------------------------- the released code's checkpoints
 
@@ -554,9 +556,10 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
         assert "exists already" in capsys.readouterr().err
 
 
-def test_resumed_training_ends_where_an_unbroken_one_does(videos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_training_ends_where_an_unbroken_one_does(workers, videos, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    args = ["--data", videos, "--iters", 4, "--save-every", 2, *SMALL]
+    args = ["--data", videos, "--iters", 4, "--save-every", 2, *SMALL, "--workers", workers]
     assert run(training, monkeypatch, *args, "--out", whole) == 0
     with monkeypatch.context() as patch:
         calls = iter(range(3))  # the fourth iteration never happens
@@ -564,11 +567,88 @@ def test_resumed_training_ends_where_an_unbroken_one_does(videos, tmp_path, monk
         assert run(training, patch, *args, "--out", broken) == 9
     assert torch.load(broken / "last.pt", weights_only=True)["iteration"] == 2
     assert run(training, monkeypatch, "--resume", "--out", broken) == 0
-    first, second = (torch.load(path / "last.pt", weights_only=True) for path in (whole, broken))
-    for key in first["model"]:
-        assert torch.equal(first["model"][key], second["model"][key]), key
-    logs = [[json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()] for path in (whole, broken)]
-    assert [line["loss"] for line in logs[0][:4]] == [line["loss"] for line in logs[1][:4]]
+    assert_same_run(whole, broken)
+
+
+def assert_same_run(first: Path, second: Path):
+    """Two runs have the same weights, optimiser and best metric, bit for bit, and the same lines in their logs."""
+    a, b = (torch.load(path / "last.pt", weights_only=True) for path in (first, second))
+    for key in a["model"]:
+        assert torch.equal(a["model"][key], b["model"][key]), key
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][i][name]) for name, value in state.items())
+    assert a["iteration"] == b["iteration"] and a["best"] == b["best"]
+    logs = [[json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()] for path in (first, second)]
+    for line in logs[0] + logs[1]:
+        line.pop("clips_per_second", None)
+    assert logs[0] == logs[1]
+
+
+def start_training(args: list, rank: int = 0, ready=None, inside: str = "", moment: int = 0):
+    """The main function of a process of its own: train.py, as one of several where `ready` is a file to meet at.
+
+    It is killed when it calls os.fsync ("writing"), os.replace ("written") or the loss ("step") for the nth time.
+    """
+    def kill_in(module, name):
+        real, calls = getattr(module, name), iter(range(moment))
+
+        def killing(*a):
+            if next(calls, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*a)
+        setattr(module, name, killing)
+
+    if inside:
+        kill_in(*{"writing": (os, "fsync"), "written": (os, "replace"), "step": (training, "loss_of")}[inside])
+    if ready:
+        os.environ["LOCAL_RANK"] = str(rank)
+        init = training.dist.init_process_group
+        training.dist.init_process_group = lambda backend: init(backend, f"file://{ready}", rank=rank, world_size=2)
+        taken, choose, train = [], ClipDataset.choose, training.Run.train
+        ClipDataset.choose = lambda self, index: taken.append(index) or choose(self, index)
+
+        def train_and_tell(self, *a):
+            train(self, *a)
+            torch.save({"taken": taken, "model": self.model.state_dict()}, f"{ready}_{rank}.pt")
+        training.Run.train = train_and_tell
+    sys.argv = ["train.py", *map(str, args)]
+    evaluation.command_line(training.main)
+
+
+def processes(*arguments: tuple) -> list[int]:
+    """The exit codes of `start_training` processes that run side by side."""
+    context = torch.multiprocessing.get_context("spawn")
+    started = [context.Process(target=start_training, args=a) for a in arguments]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
+
+
+def test_two_processes_share_clips_gradients_and_evaluation(videos, tmp_path, monkeypatch, capsys):
+    (videos / "val.txt").write_text("a\nv\nb")
+    out, ready, args = tmp_path / "run", tmp_path / "ready", ["--data", videos, "--iters", 3, *SMALL]
+    assert processes(*(([*args, "--out", out], rank, ready) for rank in range(2))) == [0, 0]
+    told = [torch.load(tmp_path / f"ready_{rank}.pt", weights_only=True) for rank in range(2)]
+    assert sorted(told[0]["taken"] + told[1]["taken"]) == list(range(3 * 2 * 2)) and len(told[0]["taken"]) == 6
+    for key, value in told[0]["model"].items():
+        assert torch.equal(value, told[1]["model"][key]), key
+    result = tmp_path / "metrics.json"
+    assert run(evaluation, monkeypatch, "--checkpoint", out / "last.pt", "--data", videos, "--json", result) == 0
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1]) == {"iteration": 3, **json.loads(result.read_text())}
+
+
+def test_killed_training_goes_on_as_if_nothing_had_been(videos, tmp_path, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    args = ["--data", videos, "--iters", 4, "--save-every", 1, "--eval-every", 2, *SMALL]
+    assert run(training, monkeypatch, *args, "--out", whole) == 0
+    # In the very first checkpoint, then in the step after the second one, then before the evaluated one has its name.
+    assert processes(([*args, "--out", killed], 0, None, "writing", 0)) == [-signal.SIGKILL]
+    assert processes(([*args, "--out", killed], 0, None, "step", 2)) == [-signal.SIGKILL]
+    assert processes((["--resume", "--out", killed], 0, None, "written", 2)) == [-signal.SIGKILL]
+    assert run(training, monkeypatch, "--resume", "--out", killed) == 0
+    assert_same_run(whole, killed)
 
 
 def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(videos, tmp_path, monkeypatch, capsys):
