@@ -1,4 +1,5 @@
-"""Videos with labels: the VSPW layout on disk, random clips for training, network inputs for inference.
+"""Videos with labels: the VSPW layout on disk, random clips for training, network inputs for inference, and a small
+data set of synthetic videos that shows in minutes what other frames are good for.
 
     DIR/train.txt, val.txt          one video name a line
     DIR/classes.txt                 one class name a line (VSPW itself does without)
@@ -7,15 +8,18 @@
 
 Everything that a person can put right (a missing file, a label that doesn't exist) is a DataError of one line.
 """
+import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 IGNORE = 255
 MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]  # of ImageNet's RGB, 0 ... 255
@@ -265,3 +269,107 @@ def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Imag
         turned = ((levels + 256 * hue).round() % 256).astype(int).tolist()
         image = image.convert("HSV").point(turned + curve(levels * saturation) + curve(levels)).convert("RGB")
     return image if contrast_first or contrast == 1 else image.point(curve(levels * contrast) * 3)
+
+
+# ----------------------------------------------------------------------------------------------------- synthetic videos
+
+SYNTHETIC_CLASSES = ["background", "red", "yellow", "green", "blue"]
+SYNTHETIC_SIZE = (192, 128)                    # width and height: a token grid of stride 16 has 12 x 8 of it
+SYNTHETIC_VIDEOS = {"train": 200, "val": 24}
+SYNTHETIC_FRAMES = 20                          # a video
+OBJECTS = 4
+CHROMA = 45                                    # how far a class's colour is from grey
+CYCLE, BURST = 12, 3                           # of so many frames, this many in a row are bad
+BAD_MOMENTS = ("underexposed", "overexposed", "blurred", "noisy", "glare")
+
+
+def write_synthetic(root: Path, seed: int = 0):
+    """Make the data set of synthetic videos in the VSPW layout: all of it, or nothing if it is interrupted.
+
+    Striped objects of four colours, which are their classes, move before a moving background. In bursts of three
+    frames the picture loses its colours and more; where an object is and how it is striped remains, but *what* it is
+    can't be seen in such a frame. It can in the frames 3, 6 and 9 earlier, where the same stripes are in colour: other
+    frames are all that helps, and a method must find the same object in them.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}", dir=root.parent) as folder:
+        made = Path(folder) / root.name
+        made.mkdir()
+        (made / "classes.txt").write_text("\n".join(SYNTHETIC_CLASSES) + "\n")
+        names = [(split, i, f"{split}_{i:03d}") for split, count in SYNTHETIC_VIDEOS.items() for i in range(count)]
+        for split in SYNTHETIC_VIDEOS:
+            (made / f"{split}.txt").write_text("".join(f"{name}\n" for of, _, name in names if of == split))
+        for split, i, name in tqdm(names, desc=f"making {root}", unit="video", dynamic_ncols=True):
+            for kind in ("origin", "mask"):
+                (made / "data" / name / kind).mkdir(parents=True)
+            rng = np.random.default_rng((seed, list(SYNTHETIC_VIDEOS).index(split), i))
+            for t, (frame, labels) in enumerate(synthetic_video(rng)):
+                frame.save(made / "data" / name / "origin" / f"{t:05d}.jpg", quality=92)
+                labels.save(made / "data" / name / "mask" / f"{t:05d}.png")
+        if not root.exists():  # another process may have been faster
+            made.rename(root)
+
+
+def synthetic_video(rng: np.random.Generator) -> Iterator[tuple[Image.Image, Image.Image]]:
+    """The frames of one synthetic video and their label maps, 1 ... K."""
+    (width, height), margin = SYNTHETIC_SIZE, 40
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+
+    def noise(cell: int) -> np.ndarray:
+        """A smooth random texture in -1 ... 1, larger than the frame by the margins."""
+        size = width + 2 * margin, height + 2 * margin
+        grains = rng.uniform(-1, 1, (size[1] // cell, size[0] // cell)).astype(np.float32)
+        return np.array(Image.fromarray(grains).resize(size, Image.Resampling.BICUBIC))
+
+    # Everything is drawn as Y, Cb, Cr: the stripes are in Y, the class is in Cb and Cr and nowhere else.
+    background = np.stack([110 + 30 * noise(24) + 25 * noise(6), 128 + 12 * noise(32), 128 + 12 * noise(32)])
+    pan = rng.uniform(-1.5, 1.5, 2)                                                     # pixels a frame
+    classes = rng.integers(1, len(SYNTHETIC_CLASSES), OBJECTS)
+    centres = rng.uniform(0.1, 0.9, (OBJECTS, 2)) * (height, width)                     # in the middle of the video
+    speeds = rng.uniform(-2.5, 2.5, (OBJECTS, 2))
+    radii, powers = rng.uniform(20, 34, (OBJECTS, 2)), rng.choice([2, 6], OBJECTS)      # ellipses and blunt boxes
+    turns, angles = rng.uniform(0, math.pi, (2, OBJECTS))                               # of the object, of its stripes
+    stripes, greys = rng.uniform(6, 16, OBJECTS), rng.uniform(95, 160, OBJECTS)         # pixels a stripe; mean of Y
+    phase, moment = rng.integers(CYCLE), ""
+
+    for t in range(SYNTHETIC_FRAMES):
+        since = t - SYNTHETIC_FRAMES / 2
+        top, left = (margin + pan * since).round().astype(int)
+        picture = background[:, top:top + height, left:left + width].copy()
+        labels = np.ones((height, width), np.uint8)
+        for i in range(OBJECTS):
+            dy, dx = y - centres[i, 0] - speeds[i, 0] * since, x - centres[i, 1] - speeds[i, 1] * since
+            cos, sin = math.cos(turns[i]), math.sin(turns[i])
+            u, v = (cos * dx + sin * dy) / radii[i, 0], (cos * dy - sin * dx) / radii[i, 1]
+            inside = abs(u) ** powers[i] + abs(v) ** powers[i] < 1
+            wave = np.sin(2 * math.pi * (dx * math.cos(angles[i]) + dy * math.sin(angles[i])) / stripes[i])
+            colour = math.pi / 2 * classes[i]                                           # an angle between Cb and Cr
+            picture[0][inside] = (greys[i] + 35 * wave)[inside]
+            picture[1][inside] = 128 + CHROMA * math.cos(colour)
+            picture[2][inside] = 128 + CHROMA * math.sin(colour)
+            labels[inside] = 1 + classes[i]
+        if (t + phase) % CYCLE < BURST:
+            moment = moment or rng.choice(BAD_MOMENTS)
+            spoil(picture, moment, rng)
+        else:
+            moment = ""
+        planes = [Image.fromarray(plane) for plane in picture.clip(0, 255).astype(np.uint8)]
+        yield Image.merge("YCbCr", planes).convert("RGB"), Image.fromarray(labels)
+
+
+def spoil(picture: np.ndarray, moment: str, rng: np.random.Generator):
+    """Take the colours out of a picture (Y, Cb, Cr), and do to it what else happens in that kind of bad moment."""
+    luma, height, width = picture[0], *picture.shape[1:]
+    picture[1:] = 128
+    if moment == "underexposed":
+        luma *= 0.45
+    elif moment == "overexposed":
+        luma *= 1.5
+    elif moment == "blurred":
+        luma[:] = np.mean([np.roll(luma, shift, axis=1) for shift in range(-2, 3)], axis=0)
+    elif moment == "noisy":
+        picture += rng.normal(0, 18, picture.shape)
+    else:
+        y, x = np.ogrid[:height, :width]
+        veil = 0.75 * np.exp(-((y - rng.uniform(0, height)) ** 2 + (x - rng.uniform(0, width)) ** 2) / 70 ** 2)
+        luma += veil * (245 - luma)

@@ -17,13 +17,13 @@ from typing import Callable, Iterator, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (FRAME_SIZE, IGNORE, DataError, Video, check_same_size, list_frames, network_input, read_classes,
+from data import (FRAME_SIZE, IGNORE, DataError, Video, check_same_size, fit, list_frames, network_input, read_classes,
                   read_frame, read_index_map, read_labels, read_split)
 from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, load_official
 from segformer import (MIT_VARIANTS, SegFormer, bands, bilinear_matrix, load_pretrained, load_strictly,
@@ -33,6 +33,7 @@ WINDOWS = (8, 16)             # n of the video consistencies mVC_n, in frames
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PAPER_FPS = {"b0": (73.4, 50.0), "b1": (58.7, 40.1), "b2": (39.2, 32.1), "b5": (17.2, 15.7)}  # SegFormer's and MRCFA's
 ROUNDS = 7                    # of the benchmark
+PANEL, SHEET_COLUMNS = 320, 8  # of pictures: pixels a panel is wide at most, moments of a video on a sheet
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = {"mIoU": "mIoU", "weighted_IoU": "weighted IoU", "mVC8": "mVC8", "mVC16": "mVC16",
            "pixel_accuracy": "pixel acc."}
@@ -214,6 +215,13 @@ def palette(size: int = 256) -> list[int]:
     return [round(255 * value) for colour in colours for value in colorsys.hsv_to_rgb(*colour)]
 
 
+def coloured(mask: np.ndarray) -> Image.Image:
+    """Classes (H, W) uint8 as colours; 255, ignored, is black."""
+    image = Image.fromarray(mask)
+    image.putpalette(palette(IGNORE) + [0, 0, 0])
+    return image.convert("RGB")
+
+
 def save_mask(mask: np.ndarray, path: Path):
     """Write classes (H, W) uint8 as a palette PNG."""
     image = Image.fromarray(mask)
@@ -222,17 +230,63 @@ def save_mask(mask: np.ndarray, path: Path):
     image.save(path)
 
 
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+def panel(image: Image.Image, title: str) -> Image.Image:
+    """An image, at most PANEL pixels wide, with its title above."""
+    image = image.resize(fit(image.size, *[min(PANEL, max(image.size))] * 2), Image.Resampling.NEAREST)
+    framed = ImageOps.expand(image, (2, 20, 2, 2), "white")
+    ImageDraw.Draw(framed).text((4, 3), title, "black", ImageFont.load_default(12))
+    return framed
+
+
+def tile(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Images of one size side by side, row by row."""
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)), "white")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            sheet.paste(image, (j * width, i * height))
+    return sheet
+
+
+def save_pictures(folder: Path, video: Video, classes: Sequence[str], masks: dict[str, Sequence[np.ndarray]]):
+    """A video's frames, labels and predicted masks (H, W) by method, moving (VIDEO.webp) and as a sheet (VIDEO.png).
+
+    Pixels whose prediction is wrong are hatched.
+    """
+    moments = []
+    for t, path in enumerate(video.frames):
+        frame = read_frame(path)
+        labels = np.array(read_labels(video.masks[t], frame.size, len(classes)))
+        row = [panel(frame, f"{video.name}, frame {t}"), panel(coloured(labels), "label")]
+        y, x = np.indices(labels.shape)
+        hatch = (x + y) % (labels.shape[0] // 16) < labels.shape[0] // 64
+        for name, predicted in masks.items():
+            picture = coloured(predicted[t])
+            wrong = (predicted[t] != labels) & (labels != IGNORE) & hatch
+            picture.paste("white", mask=Image.fromarray(wrong))
+            row.append(panel(picture, f"{name}, errors hatched"))
+        moments.append(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    first, *others = [tile([row]) for row in moments]
+    first.save(folder / f"{video.name}.webp", save_all=True, append_images=others, duration=150, loop=0)
+    shown = moments[::max(1, len(moments) // SHEET_COLUMNS)][:SHEET_COLUMNS]
+    tile([*zip(*shown)]).save(folder / f"{video.name}.png")
+
+
 # --------------------------------------------------------------------------------------------------------------- models
 
+MRCFA_ARGUMENTS = ("reference_stride", "keep_ratio", "refine", "aggregate", "offsets")
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
 
 
 def build_model(config: dict) -> nn.Module:
-    """The model that a checkpoint's `config` describes: model, classes, and for MRCFA reference_stride and offsets."""
+    """The model that a checkpoint's `config` describes: its name, classes, and MRCFA's arguments."""
     kind, variant = config["model"].split("_")
     if kind == "segformer":
         return SegFormer(variant, len(config["classes"]))
-    return MRCFA(variant, len(config["classes"]), config["reference_stride"], offsets=config["offsets"])
+    return MRCFA(variant, len(config["classes"]), *(config[key] for key in MRCFA_ARGUMENTS))
 
 
 def load_model(path: Path, name: str | None = None, num_classes: int | None = None) -> tuple[nn.Module, dict]:
@@ -269,8 +323,9 @@ def load_released(checkpoint: dict, name: str | None, num_classes: int | None) -
         raise ValueError(f"has {len(classifier_bias)} classes, but --num-classes says {num_classes}")
     if name.startswith("mrcfa") != (value is not None):
         raise ValueError(f"is {'a SegFormer' if value is None else 'an MRCFA'}, but --model says {name}")
-    config = {"model": name, "classes": [f"class {i}" for i in range(num_classes)], "offsets": OFFSETS,
-              "reference_stride": REFERENCE_STRIDE if value is None else 8 * value.shape[-1], "frame_size": FRAME_SIZE}
+    stride = REFERENCE_STRIDE if value is None else 8 * value.shape[-1]
+    config = {"model": name, "classes": [f"class {i}" for i in range(num_classes)], "frame_size": FRAME_SIZE,
+              **dict(zip(MRCFA_ARGUMENTS, (stride, None, True, True, OFFSETS)))}
     model = build_model(config)
     if isinstance(model, MRCFA):
         load_official(model, state)
@@ -398,6 +453,8 @@ def command_line(main: Callable[[], None]):
         message = str(error).rsplit("DataError: ", 1)[-1].strip()
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def refuse_to_overwrite(path: Path):

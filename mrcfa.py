@@ -98,7 +98,8 @@ class AffinityRefinement(nn.Module):
 
     `layers` lists (channels in, channels out, kernel). Affinities of m tokens go in as (B, m c_in, h, w), the c
     channels of a token side by side, and come out as (B, m c_out, h, w). `of_product` is the same for an affinity
-    that is still a product Q K^T, and is never formed before its first convolution and norm.
+    that is still a product Q K^T, and is never formed before its first convolution and norm. Without layers nothing is
+    refined.
     """
 
     def __init__(self, *layers: tuple[int, int, int]):
@@ -124,6 +125,8 @@ class AffinityRefinement(nn.Module):
 
     def prepare(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Queries Q (B, C, h, w) for `of_product`, once for all references: convolved and centred; their covariance."""
+        if not self.convs:
+            return q, q
         q = self.convolve(self.convs[0], q, q.shape[1])
         q = q - q.mean((2, 3), keepdim=True)
         return q, tokens(q).mT @ tokens(q) / q[0, 0].numel()                                     # (B, C, C)
@@ -134,6 +137,8 @@ class AffinityRefinement(nn.Module):
         Convolutions act on positions and Q K^T on channels, so they commute: convolve the C images of Q, not the m of
         A. And the image of key k has the mean mean(Q) k and the variance k^T cov(Q) k: GroupNorm is a scale of keys.
         """
+        if not self.convs:
+            return product(prepared[0], keys)
         (q, covariance), norm = prepared, self.norms[0]
         variance = (keys @ covariance * keys).sum(-1, keepdim=True)                              # (B, m, 1)
         keys = keys * (variance + norm.eps).rsqrt() * norm.weight
@@ -141,11 +146,15 @@ class AffinityRefinement(nn.Module):
 
 
 class AffinityAggregation(nn.Module):
-    """SAR and MAA of one reference's affinities A^l = Q^l (K^l)^T -> M^2 (B, m, h_2, w_2)."""
+    """SAR and MAA of one reference's affinities A^l = Q^l (K^l)^T -> M^2 (B, m, h_2, w_2).
 
-    def __init__(self, variant: str):
+    To see what each is good for: without `refine` (SAR) the A^l are merged as they are, without `aggregate` (MAA) the
+    finest scale is all there is.
+    """
+
+    def __init__(self, variant: str, refine: bool = True, aggregate: bool = True):
         super().__init__()
-        if variant == "b1":  # two channels a token between the first and the last layer
+        if variant == "b1" and refine:  # two channels a token between the first and the last layer
             self.g4 = AffinityRefinement((1, 1, 3), (1, 2, 3))
             self.g3 = AffinityRefinement((1, 1, 3), (1, 2, 3))
             self.g2 = AffinityRefinement((1, 1, 5), (1, 2, 3))
@@ -157,14 +166,22 @@ class AffinityAggregation(nn.Module):
             self.g2 = AffinityRefinement((1, 1, 5))
             self.g43 = AffinityRefinement((1, 1, 3))
             self.g32 = AffinityRefinement((1, 1, 3))
+        if not refine:
+            self.g4 = self.g3 = self.g2 = AffinityRefinement()
+        self.aggregate = aggregate
+        if not aggregate:
+            self.g4 = self.g3 = self.g43 = AffinityRefinement()
 
     def forward(self, queries: Queries, key2: Tensor, key3: Tensor, key4: Tensor) -> Tensor:     # (B, m, C_l)
         def add_up(coarse: Tensor, fine: Tensor) -> Tensor:
             return F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=True).add_(fine)
 
-        m4 = self.g4.of_product(queries.prepared4, key4)                                         # (B, m, h_4, w_4)
-        m3 = self.g43(add_up(m4, self.g3.of_product(queries.prepared3, key3)))                   # (B, m, h_3, w_3)
-        return self.g32(add_up(m3, self.g2.of_product(queries.prepared2, key2)))
+        m2 = self.g2.of_product(queries.prepared2, key2)                                         # (B, m, h_2, w_2)
+        if self.aggregate:
+            m4 = self.g4.of_product(queries.prepared4, key4)                                     # (B, m, h_4, w_4)
+            m3 = self.g43(add_up(m4, self.g3.of_product(queries.prepared3, key3)))               # (B, m, h_3, w_3)
+            m2 = add_up(m3, m2)
+        return self.g32(m2)
 
 
 class MRCFA(nn.Module):
@@ -174,12 +191,14 @@ class MRCFA(nn.Module):
     a clip shorter than T gets the last frame's SegFormer logits. In training: -> (frame_logits, clip_logits), both
     (B, T, K, H/4, W/4): SegFormer's for every frame, and the target's out of each reference alone and, last, of all.
 
-    `offsets` say how far back the T-1 references of a video lie; `keep_ratio=None` is the paper's p for the variant.
+    `offsets` say how far back the T-1 references of a video lie; `keep_ratio=None` is the paper's p for the variant, 1
+    keeps all tokens (no STM); `refine=False` and `aggregate=False` leave out SAR and MAA.
     Raises ValueError for a size that is no multiple of 32, and for a T that isn't len(offsets) + 1.
     """
 
     def __init__(self, variant: str = "b1", num_classes: int = 124, reference_stride: int = REFERENCE_STRIDE,
-                 keep_ratio: float | None = None, offsets: Sequence[int] = OFFSETS):
+                 keep_ratio: float | None = None, refine: bool = True, aggregate: bool = True,
+                 offsets: Sequence[int] = OFFSETS):
         super().__init__()
         if reference_stride not in (16, 32):
             raise ValueError(f"reference_stride must be 16 or 32, not {reference_stride}")
@@ -197,7 +216,10 @@ class MRCFA(nn.Module):
         self.reduce2 = nn.Conv2d(c2, c2, reference_stride // 8, reference_stride // 8)
         self.reduce3 = nn.Conv2d(c3, c3, reference_stride // 16, reference_stride // 16)
         self.value = nn.Conv2d(EMBED_DIM, EMBED_DIM, reference_stride // 8, reference_stride // 8)
-        self.aggregation = AffinityAggregation(variant)
+        self.aggregation = AffinityAggregation(variant, refine, aggregate)
+        if not aggregate:  # what the coarser scales are left for is STM, which has no gradient
+            for layer in (self.query3, self.key3, self.reduce3, self.query4, self.key4):
+                layer.requires_grad_(False)
         self.auxiliary_classifiers = nn.ModuleList(classifier(EMBED_DIM, num_classes) for _ in offsets)
         self.classifier = classifier(EMBED_DIM, num_classes)
 

@@ -535,7 +535,11 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in log if "loss" in line] == [1, 2, 3] and [line["iteration"] for line in log if "mIoU" in line] == [2, 3]
     checkpoint = torch.load(out / "last.pt", weights_only=True)
-    assert checkpoint["config"] == {"model": model, "classes": CLASSES, "reference_stride": 32, "offsets": [3, 2, 1], "frame_size": [96, 64]}
+    assert checkpoint["config"] == {
+        "model": model, "classes": CLASSES, "frame_size": [96, 64], "reference_stride": 32, "offsets": [3, 2, 1],
+        "keep_ratio": None, "refine": True, "aggregate": True}
+    with Image.open(out / "pictures" / "v.webp") as animation, Image.open(out / "pictures" / "v.png") as sheet:
+        assert animation.n_frames == 18 and animation.width == 3 * 100 and sheet.size == (8 * 100, 3 * 86)
 
     masks, result = tmp_path / "masks", tmp_path / "metrics.json"
     assert run(evaluation, monkeypatch, "--checkpoint", out / "last.pt", "--data", videos, "--save", masks, "--json", result, "--per-class") == 0
@@ -587,7 +591,7 @@ def assert_same_run(first: Path, second: Path):
 def start_training(args: list, rank: int = 0, ready=None, inside: str = "", moment: int = 0):
     """The main function of a process of its own: train.py, as one of several where `ready` is a file to meet at.
 
-    It is killed when it calls os.fsync ("writing"), os.replace ("written") or the loss ("step") for the nth time.
+    It is killed when it calls os.fsync ("writing"), os.replace ("written") or decode_mask ("evaluation") once too often.
     """
     def kill_in(module, name):
         real, calls = getattr(module, name), iter(range(moment))
@@ -599,7 +603,7 @@ def start_training(args: list, rank: int = 0, ready=None, inside: str = "", mome
         setattr(module, name, killing)
 
     if inside:
-        kill_in(*{"writing": (os, "fsync"), "written": (os, "replace"), "step": (training, "loss_of")}[inside])
+        kill_in(*{"writing": (os, "fsync"), "written": (os, "replace"), "evaluation": (evaluation, "decode_mask")}[inside])
     if ready:
         os.environ["LOCAL_RANK"] = str(rank)
         init = training.dist.init_process_group
@@ -643,10 +647,10 @@ def test_killed_training_goes_on_as_if_nothing_had_been(videos, tmp_path, monkey
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     args = ["--data", videos, "--iters", 4, "--save-every", 1, "--eval-every", 2, *SMALL]
     assert run(training, monkeypatch, *args, "--out", whole) == 0
-    # In the very first checkpoint, then in the step after the second one, then before the evaluated one has its name.
+    # Inside the very first checkpoint, then inside an evaluation, then just before the last checkpoint gets its name.
     assert processes(([*args, "--out", killed], 0, None, "writing", 0)) == [-signal.SIGKILL]
-    assert processes(([*args, "--out", killed], 0, None, "step", 2)) == [-signal.SIGKILL]
-    assert processes((["--resume", "--out", killed], 0, None, "written", 2)) == [-signal.SIGKILL]
+    assert processes(([*args, "--out", killed], 0, None, "evaluation", 5)) == [-signal.SIGKILL]
+    assert processes((["--resume", "--out", killed], 0, None, "written", 4)) == [-signal.SIGKILL]
     assert run(training, monkeypatch, "--resume", "--out", killed) == 0
     assert_same_run(whole, killed)
 
@@ -750,7 +754,7 @@ def test_bad_data_is_one_line_that_names_it(how, message, videos, tmp_path, monk
 
 @pytest.mark.parametrize("script, args, message", [
     (training, ["--data", "nowhere"], "nowhere: no such data folder"),
-    (training, [], "--data DIR is missing"),
+    (training, ["--dataset", "vspw"], "--data DIR is missing"),
     (evaluation, ["--checkpoint", "none.pt"], "--checkpoint needs --data"),
     (evaluation, ["--checkpoint", "none.pt", "--frames", "{videos}/data/v/origin"], "--frames needs --save"),
     (training, ["--data", "{videos}", "--dilation", "30"], "none of the 3 training videos"),

@@ -1,10 +1,11 @@
-"""Train MRCFA, or the SegFormer it sits on, on labelled videos with the recipe of the paper.
+"""Train MRCFA, or the SegFormer it sits on, on labelled videos.
 
-    python train.py --model mrcfa_b1 --data VSPW --pretrained mit_b1.pth --out runs/vspw_b1
-    torchrun --nproc_per_node 4 train.py --batch-size 2 --model mrcfa_b1 ...    # the paper's 4 GPUs x 2 clips
+    python train.py                                        # mrcfa_b0 on synthetic videos, in minutes on a CPU
+    python train.py --dataset vspw --data VSPW --model mrcfa_b1 --pretrained mit_b1.pth --out runs/vspw_b1
+    torchrun --nproc_per_node 4 train.py --batch-size 2 --dataset vspw ...      # the paper's 4 GPUs x 2 clips
     python train.py --resume --out runs/vspw_b1            # goes on where that run was stopped, however it was
 
-The run's folder holds last.pt, best.pt (by mIoU) and log.jsonl, one JSON object an interval. Clips, augmentation and
+The run's folder gets last.pt, best.pt (by mIoU), pictures and log.jsonl, an object a line. Clips, augmentation and
 dropout of step i depend on (seed, i) alone, so a run that was stopped ends as one that wasn't, bit for bit on a CPU.
 """
 import argparse
@@ -26,12 +27,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import FRAME_SIZE, SCALE_RANGE, STRIDE, ClipDataset, DataError, Video, read_classes, read_split
+from data import STRIDE, ClipDataset, DataError, Video, read_classes, read_split, write_synthetic
 from eval import (AMP, DEVICE, MODELS, ArgumentParser, autocast, build_model, command_line, device, evaluate,
-                  json_metrics, positive, refuse_to_overwrite, table)
-from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, mrcfa_loss
+                  json_metrics, positive, refuse_to_overwrite, save_pictures, segment_video, table)
+from mrcfa import MRCFA, OFFSETS, mrcfa_loss
 from segformer import load_pretrained, load_strictly, read_checkpoint, segmentation_loss
 
+# What a data set is trained with unless a flag says otherwise; VSPW's row is the recipe of the paper.
+RECIPE = ("frame_size", "scale_range", "crop", "reference_stride", "batch_size", "iters", "lr", "head_lr", "warmup")
+RECIPES = {
+    "synthetic":  ((192, 128), (1.0, 1.0), (128, 192), 16, 2, 800, 1e-3, 1.0, 50),
+    "folder":     ((853, 480), (0.5, 2.0), (480, 480), 32, 8, 40_000, 6e-5, 10.0, 1500),
+    "vspw":       ((853, 480), (0.5, 2.0), (480, 480), 32, 8, 160_000, 6e-5, 10.0, 1500),
+}
+SYNTHETIC = Path("data/synthetic")
+PICTURED = 3              # validation videos of which there are pictures in the end
 BETAS = (0.9, 0.999)      # of AdamW
 WARMUP_START = 1e-6       # the share of the learning rate that the warm-up begins with
 PLACE = ("out", "resume", "device")  # arguments that belong to where a run happens, and aren't resumed
@@ -86,20 +96,24 @@ class Run:
         groups = parameter_groups(model, args.lr, args.head_lr, args.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
-        self.iteration, self.best, self.signal = 0, -1.0, 0
+        self.iteration, self.evaluated, self.best, self.signal = 0, 0, -1.0, 0  # `evaluated`: when that was, last
 
     def resume(self, checkpoint: dict):
         """Take over the state of last.pt, and forget what the log says of later iterations."""
         load_strictly(self.model, checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
-        self.iteration, self.best = checkpoint["iteration"], checkpoint["best"]
+        self.iteration, self.evaluated, self.best = (checkpoint[key] for key in ("iteration", "evaluated", "best"))
+
+        def known(line: str) -> bool:
+            entry = json.loads(line)
+            return entry["iteration"] <= (self.evaluated if "mIoU" in entry else self.iteration)
+
         log = self.args.out / "log.jsonl"
         if self.rank == 0 and log.exists():
             # A line that was being written when the run was killed has no end, and is of a later iteration, too.
-            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            text = "".join(line for line in lines if json.loads(line)["iteration"] <= self.iteration)
-            write_whole(log, lambda file: file.write(text.encode()))
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and known(line)]
+            write_whole(log, lambda file: file.write("".join(lines).encode()))
 
     def save(self, name: str):
         """Write a checkpoint that rebuilds the model by itself and continues the run."""
@@ -108,7 +122,7 @@ class Run:
                     if key not in PLACE}
             content = {"model": self.model.state_dict(), "config": self.config, "args": args,
                        "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                       "iteration": self.iteration, "best": self.best}
+                       "iteration": self.iteration, "evaluated": self.evaluated, "best": self.best}
             write_whole(self.args.out / name, lambda file: torch.save(content, file))
 
     def log(self, **values):
@@ -126,9 +140,16 @@ class Run:
         if self.rank == 0:
             tqdm.write(f"iteration {self.iteration}\n{table(self.config['model'], metrics)}")
         self.log(**json_metrics(metrics))
+        self.evaluated = self.iteration
         if metrics["mIoU"] > self.best:
             self.best = metrics["mIoU"]
             self.save("best.pt")
+        self.save("last.pt")
+
+    def evaluation_is_due(self) -> bool:
+        """At the end, and every `eval_every` iterations if that isn't 0, unless it has been done before a stop."""
+        now = self.iteration == self.args.iters or self.args.eval_every and self.iteration % self.args.eval_every == 0
+        return now and self.evaluated < self.iteration
 
     def samples(self, start: int, end: int) -> list[int]:
         """Which of the data set's clips this process takes in iterations start ... end - 1."""
@@ -175,7 +196,12 @@ class Run:
         self.model.train()
         with tqdm(total=args.iters, initial=self.iteration, desc=args.model, unit="it", dynamic_ncols=True,
                   disable=self.rank > 0) as bar:
-            while self.iteration < args.iters:
+            while True:
+                if self.evaluation_is_due():
+                    self.evaluate(val)
+                    since = time.time()
+                if self.iteration == args.iters:
+                    break
                 own_loss = self.step(network, batches)
                 loss, stop = self.agree(own_loss)
                 if not math.isfinite(loss):
@@ -196,11 +222,6 @@ class Run:
                     self.save("last.pt")
                 if stop:
                     self.stop_at_signal()
-                if args.eval_every and self.iteration % args.eval_every == 0 and self.iteration < args.iters:
-                    self.evaluate(val)
-                    since = time.time()
-        self.evaluate(val)
-        self.save("last.pt")
 
     def stop_at_signal(self):
         """End the process after SIGTERM or Ctrl-C; all that was computed is in last.pt."""
@@ -219,12 +240,15 @@ class Run:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line of a training; every value of the paper's recipe is the default of a flag."""
-    parser = ArgumentParser("Train MRCFA or SegFormer on labelled videos.")
+    """The command line of a training: flags, above the run that is resumed, above the data set's recipe."""
+    parser = ArgumentParser("Train MRCFA or SegFormer on labelled videos. Defaults are those of the synthetic videos; "
+                            "RECIPES in train.py has the other data sets'.")
     run = parser.add_argument_group("the run").add_argument
     run("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME",
         help="mrcfa_b0 ... mrcfa_b5, or the baseline segformer_b0 ... segformer_b5")
-    run("--data", type=Path, help="data folder with train.txt, val.txt and data/<video>/{origin,mask}")
+    run("--dataset", choices=RECIPES, help="whose recipe to train with: folder if there is --data, else synthetic")
+    run("--data", type=Path, help="data folder with train.txt, val.txt and data/<video>/{origin,mask}; the synthetic "
+                                  f"videos are made there, by default {SYNTHETIC}, if it doesn't exist")
     run("--out", type=Path, help="folder of this run, by default runs/MODEL; an existing one is only ever continued")
     run("--resume", action="store_true", help="continue the run in --out with the arguments that it was started with")
     run("--pretrained", type=Path, help="ImageNet or SegFormer weights to start from: far better than from scratch")
@@ -236,14 +260,14 @@ def parse_args() -> argparse.Namespace:
     run("--eval-every", type=int, default=0, help="iterations between evaluations; 0 evaluates at the end alone")
 
     clips = parser.add_argument_group("clips").add_argument
-    clips("--batch-size", type=positive, default=8, help="clips a process takes at a time; the paper's 8: 4 GPUs x 2")
+    clips("--batch-size", type=positive, help="clips a process takes at a time; the paper's 8 are 4 GPUs x 2")
     clips("--dilation", type=positive, nargs="+", default=OFFSETS, metavar="N",
           help="how many frames back the references lie; less where frames are far apart in time")
-    clips("--frame-size", type=positive, nargs=2, default=FRAME_SIZE, metavar=("LONG", "SHORT"),
+    clips("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"),
           help="scale frames to fit this, here and in evaluation; smaller is faster and coarser")
-    clips("--scale-range", type=float, nargs=2, default=SCALE_RANGE, metavar=("MIN", "MAX"),
+    clips("--scale-range", type=float, nargs=2, metavar=("MIN", "MAX"),
           help="random factor on the frame size in training; 1 1 keeps sizes as they are")
-    clips("--crop", type=positive, nargs=2, default=(480, 480), metavar=("H", "W"),
+    clips("--crop", type=positive, nargs=2, metavar=("H", "W"),
           help="random crop, multiples of 32: memory and time depend on it")
 
     speed = parser.add_argument_group("speed").add_argument
@@ -251,23 +275,32 @@ def parse_args() -> argparse.Namespace:
     speed("--amp", choices=AMP, help="mixed precision, fp16 with scaled gradients; float32 without")
     speed("--compile", action="store_true", help="torch.compile the network: pays after some minutes of compilation")
 
-    recipe = parser.add_argument_group("model and optimiser").add_argument
-    recipe("--reference-stride", type=int, choices=(16, 32), default=REFERENCE_STRIDE,
-           help="of MRCFA's reference tokens: 16 sees finer things at four times the affinities")
-    recipe("--iters", type=positive, default=160_000, help="iterations, over which the learning rate falls to 0")
-    recipe("--lr", type=float, default=6e-5, help="AdamW's learning rate for the encoder; higher from scratch")
-    recipe("--head-lr", type=float, default=10.0,
-           help="times that for everything else; 1 from scratch, where nothing is ahead")
+    recipe = parser.add_argument_group("optimiser").add_argument
+    recipe("--iters", type=positive, help="iterations, over which the learning rate falls to 0")
+    recipe("--lr", type=float, help="AdamW's learning rate for the encoder; higher from scratch")
+    recipe("--head-lr", type=float, help="times that for everything else; 1 from scratch, where nothing is ahead")
     recipe("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the encoder's LayerNorms")
-    recipe("--warmup", type=int, default=1500, help="iterations over which the rate rises; fewer in a short training")
+    recipe("--warmup", type=int, help="iterations over which the rate rises; fewer in a short training")
 
+    model = parser.add_argument_group("MRCFA, and what it is without its parts").add_argument
+    model("--reference-stride", type=int, choices=(16, 32),
+          help="of reference tokens: 16 sees finer things at four times the affinities")
+    model("--keep-ratio", type=float, metavar="P", help="share of tokens that STM keeps, by default the paper's; 1: all")
+    model("--no-refine", dest="refine", action="store_false", help="leave out SAR")
+    model("--no-aggregate", dest="aggregate", action="store_false", help="leave out MAA: the finest scale alone")
+
+    parser.set_defaults(**dict(zip(RECIPE, RECIPES["synthetic"])))
     args = parser.parse_args()
     args.out = args.out or Path("runs") / args.model
     if args.resume:  # what the run was started with are the defaults now
         parser.set_defaults(**read_run(args.out)["args"])
-        args = parser.parse_args(namespace=argparse.Namespace(out=args.out))
-    if args.data is None:
-        parser.error("--data DIR is missing: the folder with train.txt, val.txt and data/")
+    else:
+        dataset = args.dataset or ("folder" if args.data else "synthetic")
+        parser.set_defaults(dataset=dataset, **dict(zip(RECIPE, RECIPES[dataset])))
+    args = parser.parse_args(namespace=argparse.Namespace(out=args.out))
+    if args.data is None and args.dataset != "synthetic":
+        parser.error(f"--data DIR is missing: the folder of the {args.dataset} data set")
+    args.data = args.data or SYNTHETIC
     if args.crop[0] % STRIDE or args.crop[1] % STRIDE:
         parser.error(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}")
     if not 0 < args.scale_range[0] <= args.scale_range[1]:
@@ -318,12 +351,17 @@ def train(args: argparse.Namespace):
     checkpoint = read_run(args.out) if args.resume else None
     if not args.resume:
         refuse_to_overwrite(args.out)
+    if args.dataset == "synthetic" and not args.data.exists() and not int(os.environ.get("LOCAL_RANK", 0)):
+        write_synthetic(args.data)
+    if dist.is_initialized():
+        dist.barrier()  # until the videos are there, and all have seen that the run's folder isn't
     classes, videos, val = read_classes(args.data), read_split(args.data, "train"), read_split(args.data, "val")
     clips = ClipDataset(videos, len(classes), args.dilation, args.crop, args.frame_size, args.scale_range, args.seed)
 
     torch.manual_seed(args.seed)
-    config = {"model": args.model, "classes": classes, "reference_stride": args.reference_stride,
-              "offsets": list(args.dilation), "frame_size": list(args.frame_size)}
+    config = {"model": args.model, "classes": classes, "frame_size": list(args.frame_size),
+              "reference_stride": args.reference_stride, "keep_ratio": args.keep_ratio, "refine": args.refine,
+              "aggregate": args.aggregate, "offsets": list(args.dilation)}
     model = build_model(config)
     if args.pretrained and not args.resume:
         try:
@@ -339,12 +377,16 @@ def train(args: argparse.Namespace):
     if checkpoint:
         run.resume(checkpoint)
     else:
-        if dist.is_initialized():
-            dist.barrier()  # until all have seen that the folder isn't there
         args.out.mkdir(parents=True, exist_ok=True)
         run.save("last.pt")  # from here on there is something to resume
     with signals_noted(run):
         run.train(clips, val)
+    if run.rank == 0:
+        run.model.eval()
+        for video in val[:PICTURED]:
+            masks = segment_video(run.model, video.frames, args.frame_size, args.amp)
+            save_pictures(args.out / "pictures", video, classes, {args.model: list(masks)})
+        print(f"the run is in {args.out}: checkpoints, log and pictures")
 
 
 def main():
