@@ -6,11 +6,16 @@ data set of synthetic videos that shows in minutes what other frames are good fo
     DIR/data/<video>/origin/*.jpg   frames, in the order of their names (.png is fine)
     DIR/data/<video>/mask/*.png     label maps: 0 or 255 = ignored, 1 ... K = classes 0 ... K-1
 
+or Cityscapes' official folders, in which one frame of 30 is labelled:
+
+    DIR/leftImg8bit_sequence/<split>/<city>/<city>_<sequence>_<frame>_leftImg8bit.png
+    DIR/gtFine/<split>/<city>/<city>_<sequence>_<frame>_gtFine_labelIds.png (or labelTrainIds)
+
 Everything that a person can put right (a missing file, a label that doesn't exist) is a DataError of one line.
 """
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -24,8 +29,8 @@ from tqdm import tqdm
 IGNORE = 255
 MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]  # of ImageNet's RGB, 0 ... 255
 STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
-FRAME_SIZE = (853, 480)      # VSPW's long and short side: frames are scaled to fit, in training times SCALE_RANGE
-SCALE_RANGE = (0.5, 2.0)
+FRAME_SIZE = (853, 480)      # VSPW's long and short side: frames are scaled to fit
+CITYSCAPES_FRAME_SIZE = (1024, 512)
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 STRIDE = 32                  # network inputs are multiples of it
 CROP_TRIES = 10              # for a crop whose target has two classes and none that covers more than
@@ -44,6 +49,11 @@ chair_or_seat bench sofa shelf bathtub gun commode roaster other_machine refrige
 fan curtain textiles clothes painting_or_poster mirror flower_pot_or_vase clock book tool blackboard tissue
 screen_or_television computer printer mobile_phone keyboard other_electronic_product fruit food instrument train
 """.split()
+CITYSCAPES_CLASSES = """
+road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck bus
+train motorcycle bicycle
+""".split()
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of them, in labelIds.png
 
 
 class DataError(ValueError):
@@ -54,10 +64,18 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Video:
-    """One video: its frames in order and, one for each, their label maps."""
+    """One video: its frames in order and, one for each, their label maps, None where there is none."""
     name: str
     frames: list[Path]
-    masks: list[Path]
+    masks: list[Path | None]
+    offsets: tuple[int, ...] = ()  # where the references are in `frames`, if that isn't up to the model
+
+    def up_to_label(self) -> "Video":
+        """The part that ends with the last labelled frame; played backwards if nothing comes before that."""
+        last = max(t for t, mask in enumerate(self.masks) if mask)
+        if last:
+            return replace(self, frames=self.frames[:last + 1], masks=self.masks[:last + 1])
+        return replace(self, frames=self.frames[::-1], masks=self.masks[::-1])
 
 
 def read_lines(path: Path) -> list[str]:
@@ -69,7 +87,9 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_classes(root: Path) -> list[str]:
-    """The class names of a data folder in label order: those of classes.txt, or VSPW's 124."""
+    """The class names of a data folder in label order: Cityscapes' 19, those of classes.txt, or VSPW's 124."""
+    if (Path(root) / "gtFine").is_dir():
+        return CITYSCAPES_CLASSES
     path = Path(root) / "classes.txt"
     classes = read_lines(path) if path.exists() else VSPW_CLASSES
     if not 1 <= len(classes) < IGNORE:
@@ -77,11 +97,13 @@ def read_classes(root: Path) -> list[str]:
     return classes
 
 
-def read_split(root: Path, split: str) -> list[Video]:
-    """The videos that DIR/<split>.txt names, every frame with its mask; DataError names what is missing."""
+def read_split(root: Path, split: str, offsets: Sequence[int] = ()) -> list[Video]:
+    """The videos of a split, of Cityscapes just the frames at `offsets`. DataError names what is missing."""
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such data folder; give the one that holds {split}.txt and data/")
+    if (root / "gtFine").is_dir():
+        return read_cityscapes(root, split, offsets)
     names = read_lines(root / f"{split}.txt")
     if not names:
         raise DataError(f"{root / split}.txt: names no video")
@@ -100,6 +122,33 @@ def read_video(root: Path, name: str, listed_in: str) -> Video:
     if missing:
         raise DataError(f"{missing[0]}: no such mask ({len(missing)} of this video's {len(masks)} are missing)")
     return Video(name, frames, masks)
+
+
+def read_cityscapes(root: Path, split: str, offsets: Sequence[int]) -> list[Video]:
+    """For each labelled frame of Cityscapes its references before it, itself, and the references after it.
+
+    A side on which one of them is missing is left out. Frames are found by their numbers, in their sequence.
+    """
+    labels = sorted((root / "gtFine" / split).glob("*/*_gtFine_label*Ids.png"))
+    if not labels:
+        raise DataError(f"{root / 'gtFine' / split}: no <city>/*_gtFine_labelIds.png there")
+    videos = {}
+    for label in labels:  # of two files for a frame, labelTrainIds comes last
+        name = label.name.partition("_gtFine")[0]
+        sequence, _, number = name.rpartition("_")
+        folder = root / "leftImg8bit_sequence" / split / label.parent.name
+
+        def side(sign: int) -> list[Path]:
+            paths = [folder / f"{sequence}_{int(number) + sign * offset:06d}_leftImg8bit.png" for offset in offsets]
+            return paths if all(path.exists() for path in paths) else []
+
+        target = folder / f"{name}_leftImg8bit.png"
+        if not target.exists():
+            raise DataError(f"{target}: no such frame, but {label} labels it")
+        before, after = side(-1), side(1)[::-1]
+        videos[name] = Video(name, [*before, target, *after], [None] * len(before) + [label] + [None] * len(after),
+                             tuple(range(len(offsets), 0, -1)))
+    return list(videos.values())
 
 
 def list_frames(folder: Path) -> list[Path]:
@@ -150,12 +199,17 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int) -> Image.Im
     """A label map of the given (width, height) with the classes as 0 ... K-1 and everything ignored as 255."""
     image = read_index_map(path, size)
     image = Image.frombuffer("L", image.size, image.tobytes())  # a palette's indices are the labels themselves
+    values, highest = range(1, num_classes + 1), num_classes
+    if path.name.endswith("_gtFine_labelIds.png"):
+        values, highest = CITYSCAPES_IDS, max(CITYSCAPES_IDS)
+    elif path.name.endswith("_gtFine_labelTrainIds.png"):
+        values, highest = range(num_classes), num_classes - 1
     found = [value for value, count in enumerate(image.histogram()) if count]
-    wrong = [value for value in found if num_classes < value < IGNORE]
+    wrong = [value for value in found if highest < value < IGNORE]
     if wrong:
         raise DataError(f"{path}: label {wrong[0]}, but there are {num_classes} classes "
-                        f"(1 ... {num_classes}; 0 and 255 are ignored)")
-    return image.point([IGNORE, *range(num_classes), *[IGNORE] * (IGNORE - num_classes)])
+                        f"({values[0]} ... {values[-1]}; 0 and 255 are ignored)")
+    return image.point([values.index(value) if value in values else IGNORE for value in range(256)])
 
 
 # ------------------------------------------------------------------------------------------------------------ inference
@@ -183,38 +237,50 @@ def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) ->
 class ClipDataset(torch.utils.data.Dataset):
     """Random training clips: item i -> (images (T, 3, h, w) float32, labels (T, h, w) int64, 255 = ignored).
 
-    There is no end to the items; len(videos) in a row are an epoch, one clip of each video. Item i depends on (seed, i)
+    Labels are (h, w) where the target, the last frame, is the only one that has them. There is no end to the items; len(videos) in a row are an epoch, one clip of each video. Item i depends on (seed, i)
     alone. Raises DataError where no video is long enough for `offsets`; shorter ones are left out, in `too_short`.
     """
 
     def __init__(self, videos: list[Video], num_classes: int, offsets: Sequence[int], crop: tuple[int, int],
-                 frame_size: Sequence[int] = FRAME_SIZE, scale_range: Sequence[float] = SCALE_RANGE, seed: int = 0):
-        self.videos = [video for video in videos if len(video.frames) > max(offsets)]
+                 frame_size: Sequence[int] = FRAME_SIZE, scale_range: Sequence[float] = (0.5, 2.0), seed: int = 0):
+        self.offsets = tuple(offsets)
+        self.videos = [video for video in videos if any(self.targets(video))]
         self.too_short = len(videos) - len(self.videos)
         if not self.videos:
             raise DataError(f"none of the {len(videos)} training videos is longer than the largest offset, "
                             f"{max(offsets)} frames; give smaller offsets (--dilation)")
-        self.num_classes, self.offsets, self.crop = num_classes, tuple(offsets), tuple(crop)
+        self.num_classes, self.crop = num_classes, tuple(crop)
         self.frame_size, self.scale_range, self.seed = tuple(frame_size), tuple(scale_range), seed
 
-    def choose(self, index: int) -> tuple[list[Path], list[Path], np.random.Generator]:
+    def targets(self, video: Video) -> tuple[list[int], list[int]]:
+        """Which frames can be targets, labelled and with all references, in a video and in the video played backwards."""
+        first = max(video.offsets or self.offsets)
+        forwards, backwards = ([t for t, mask in enumerate(masks) if mask and t >= first]
+                               for masks in (video.masks, video.masks[::-1]))
+        return forwards, backwards
+
+    def choose(self, index: int) -> tuple[list[Path], list[Path | None], np.random.Generator]:
         """Item i's frames and masks, target last, and the random numbers for its augmentation."""
         epoch, place = divmod(index, len(self.videos))
         video = self.videos[np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.videos))[place]]
         rng = np.random.default_rng((self.seed, 1, index))
-        target = rng.integers(max(self.offsets), len(video.frames))
-        clip = [target - offset for offset in (*self.offsets, 0)]
-        if rng.random() < 0.5:  # play the video backwards
-            clip = [len(video.frames) - 1 - t for t in clip]
-        return [video.frames[t] for t in clip], [video.masks[t] for t in clip], rng
+        targets = self.targets(video)
+        chosen, backwards = rng.integers(max(map(len, targets))), rng.random() < 0.5
+        if not targets[backwards]:
+            backwards = not backwards
+        target, way = targets[backwards][chosen % len(targets[backwards])], -1 if backwards else 1
+        frames, masks = video.frames[::way], video.masks[::way]
+        clip = [target - offset for offset in (*(video.offsets or self.offsets), 0)]
+        return [frames[t] for t in clip], [masks[t] for t in clip], rng
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         paths, masks, rng = self.choose(index)
         frames = [read_frame(path) for path in paths]
         for path, frame in zip(paths, frames):
             check_same_size(path, frame.size, frames[0].size)
-        labels = [read_labels(mask, frames[0].size, self.num_classes) for mask in masks]
-        return self.augment(frames, labels, rng)
+        labels = [read_labels(mask, frames[0].size, self.num_classes) for mask in masks if mask]
+        images, targets = self.augment(frames, labels, rng)
+        return images, targets if len(labels) == len(frames) else targets[-1]
 
     def augment(self, frames: list[Image.Image], labels: list[Image.Image],
                 rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -225,14 +291,16 @@ class ClipDataset(torch.utils.data.Dataset):
         flip = rng.random() < 0.5
         images = torch.zeros(len(frames), 3, *self.crop)
         targets = torch.full((len(labels), *self.crop), IGNORE)
-        for i, (frame, label) in enumerate(zip(frames, labels)):
-            # Cropping while resizing: nothing outside the crop is ever scaled.
-            frame = photometric_distortion(frame.resize(crop, Image.Resampling.BILINEAR, box), rng)
-            label = label.resize(crop, Image.Resampling.NEAREST, box)
-            if flip:
-                frame, label = ImageOps.mirror(frame), ImageOps.mirror(label)
-            images[i, :, :crop[1], :crop[0]] = (torch.from_numpy(np.array(frame)).permute(2, 0, 1) - MEAN) / STD
-            targets[i, :crop[1], :crop[0]] = torch.from_numpy(np.array(label))
+
+        def cut(image: Image.Image, how: Image.Resampling) -> Image.Image:
+            image = image.resize(crop, how, box)  # nothing outside the crop is ever scaled
+            return ImageOps.mirror(image) if flip else image
+
+        for image, frame in zip(images, frames):
+            frame = photometric_distortion(cut(frame, Image.Resampling.BILINEAR), rng)
+            image[:, :crop[1], :crop[0]] = (torch.from_numpy(np.array(frame)).permute(2, 0, 1) - MEAN) / STD
+        for target, label in zip(targets, labels):
+            target[:crop[1], :crop[0]] = torch.from_numpy(np.array(cut(label, Image.Resampling.NEAREST)))
         return images, targets
 
     def choose_crop(self, label: Image.Image, size: tuple[int, int], rng: np.random.Generator):
@@ -273,23 +341,24 @@ def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Imag
 
 # ----------------------------------------------------------------------------------------------------- synthetic videos
 
-SYNTHETIC_CLASSES = ["background", "red", "yellow", "green", "blue"]
+SYNTHETIC_CLASSES = ["background", "columns", "rows", "diagonals", "checks"]
 SYNTHETIC_SIZE = (192, 128)                    # width and height: a token grid of stride 16 has 12 x 8 of it
 SYNTHETIC_VIDEOS = {"train": 200, "val": 24}
 SYNTHETIC_FRAMES = 20                          # a video
-OBJECTS = 4
-CHROMA = 45                                    # how far a class's colour is from grey
+OBJECTS, RADIUS = 4, (22, 36)                  # of a video; in pixels
+TEXTURE, CHROMA = 40, 45                       # contrast of the textures, and how far colours are from grey
+PERIOD = 9                                     # of the textures, in pixels
 CYCLE, BURST = 12, 3                           # of so many frames, this many in a row are bad
-BAD_MOMENTS = ("underexposed", "overexposed", "blurred", "noisy", "glare")
+BAD_MOMENTS = ("dark", "bright", "noisy", "glare", "shaken")
 
 
 def write_synthetic(root: Path, seed: int = 0):
     """Make the data set of synthetic videos in the VSPW layout: all of it, or nothing if it is interrupted.
 
-    Striped objects of four colours, which are their classes, move before a moving background. In bursts of three
-    frames the picture loses its colours and more; where an object is and how it is striped remains, but *what* it is
-    can't be seen in such a frame. It can in the frames 3, 6 and 9 earlier, where the same stripes are in colour: other
-    frames are all that helps, and a method must find the same object in them.
+    Coloured objects move before a moving background; an object's texture is its class. In bursts of three frames the
+    picture is out of focus, and dark, noisy or the like as well: it still shows where the objects are and of what
+    colour, but not *what* they are. That can be seen 3, 6 and 9 frames earlier, so other frames are all that helps,
+    and a method must find the same object in them, by its colour.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}", dir=root.parent) as folder:
@@ -321,55 +390,56 @@ def synthetic_video(rng: np.random.Generator) -> Iterator[tuple[Image.Image, Ima
         grains = rng.uniform(-1, 1, (size[1] // cell, size[0] // cell)).astype(np.float32)
         return np.array(Image.fromarray(grains).resize(size, Image.Resampling.BICUBIC))
 
-    # Everything is drawn as Y, Cb, Cr: the stripes are in Y, the class is in Cb and Cr and nowhere else.
-    background = np.stack([110 + 30 * noise(24) + 25 * noise(6), 128 + 12 * noise(32), 128 + 12 * noise(32)])
+    # Everything is drawn as Y, Cb, Cr: textures, which are the classes, are in Y, and colours in Cb and Cr.
+    background = np.stack([110 + 30 * noise(24), 128 + 12 * noise(32), 128 + 12 * noise(32)])
+    grain = 25 * noise(6)
     pan = rng.uniform(-1.5, 1.5, 2)                                                     # pixels a frame
     classes = rng.integers(1, len(SYNTHETIC_CLASSES), OBJECTS)
+    hues = rng.uniform(0, 2 * math.pi) + rng.permutation(OBJECTS) * 2 * math.pi / OBJECTS   # no two alike
+    greys = rng.uniform(90, 160, OBJECTS)
     centres = rng.uniform(0.1, 0.9, (OBJECTS, 2)) * (height, width)                     # in the middle of the video
     speeds = rng.uniform(-2.5, 2.5, (OBJECTS, 2))
-    radii, powers = rng.uniform(20, 34, (OBJECTS, 2)), rng.choice([2, 6], OBJECTS)      # ellipses and blunt boxes
-    turns, angles = rng.uniform(0, math.pi, (2, OBJECTS))                               # of the object, of its stripes
-    stripes, greys = rng.uniform(6, 16, OBJECTS), rng.uniform(95, 160, OBJECTS)         # pixels a stripe; mean of Y
+    radii, powers = rng.uniform(*RADIUS, (OBJECTS, 2)), rng.choice([2, 6], OBJECTS)     # ellipses and blunt boxes
+    turns = rng.uniform(0, math.pi, OBJECTS)
     phase, moment = rng.integers(CYCLE), ""
 
     for t in range(SYNTHETIC_FRAMES):
+        bad = (t + phase) % CYCLE < BURST
+        moment = (moment or rng.choice(BAD_MOMENTS)) if bad else ""
         since = t - SYNTHETIC_FRAMES / 2
         top, left = (margin + pan * since).round().astype(int)
         picture = background[:, top:top + height, left:left + width].copy()
+        picture[0] += (not bad) * grain[top:top + height, left:left + width]
         labels = np.ones((height, width), np.uint8)
         for i in range(OBJECTS):
             dy, dx = y - centres[i, 0] - speeds[i, 0] * since, x - centres[i, 1] - speeds[i, 1] * since
             cos, sin = math.cos(turns[i]), math.sin(turns[i])
             u, v = (cos * dx + sin * dy) / radii[i, 0], (cos * dy - sin * dx) / radii[i, 1]
             inside = abs(u) ** powers[i] + abs(v) ** powers[i] < 1
-            wave = np.sin(2 * math.pi * (dx * math.cos(angles[i]) + dy * math.sin(angles[i])) / stripes[i])
-            colour = math.pi / 2 * classes[i]                                           # an angle between Cb and Cr
-            picture[0][inside] = (greys[i] + 35 * wave)[inside]
-            picture[1][inside] = 128 + CHROMA * math.cos(colour)
-            picture[2][inside] = 128 + CHROMA * math.sin(colour)
+            a, b = 2 * math.pi / PERIOD * dx, 2 * math.pi / PERIOD * dy
+            texture = (np.sin(a), np.sin(b), np.sin(0.7 * (a + b)), 1.4 * np.sin(a) * np.sin(b))[classes[i] - 1]
+            picture[0][inside] = greys[i] + (not bad) * TEXTURE * texture[inside]
+            picture[1][inside] = 128 + CHROMA * math.cos(hues[i])
+            picture[2][inside] = 128 + CHROMA * math.sin(hues[i])
             labels[inside] = 1 + classes[i]
-        if (t + phase) % CYCLE < BURST:
-            moment = moment or rng.choice(BAD_MOMENTS)
+        if bad:
             spoil(picture, moment, rng)
-        else:
-            moment = ""
         planes = [Image.fromarray(plane) for plane in picture.clip(0, 255).astype(np.uint8)]
         yield Image.merge("YCbCr", planes).convert("RGB"), Image.fromarray(labels)
 
 
 def spoil(picture: np.ndarray, moment: str, rng: np.random.Generator):
-    """Take the colours out of a picture (Y, Cb, Cr), and do to it what else happens in that kind of bad moment."""
+    """Do to a picture (Y, Cb, Cr) that is out of focus what else happens in that kind of bad moment."""
     luma, height, width = picture[0], *picture.shape[1:]
-    picture[1:] = 128
-    if moment == "underexposed":
-        luma *= 0.45
-    elif moment == "overexposed":
-        luma *= 1.5
-    elif moment == "blurred":
-        luma[:] = np.mean([np.roll(luma, shift, axis=1) for shift in range(-2, 3)], axis=0)
+    if moment == "dark":
+        luma *= 0.5
+    elif moment == "bright":
+        luma *= 1.4
     elif moment == "noisy":
-        picture += rng.normal(0, 18, picture.shape)
+        picture += rng.normal(0, 15, picture.shape)
+    elif moment == "shaken":
+        picture[:] = np.mean([np.roll(picture, shift, axis=2) for shift in range(-4, 5)], axis=0)
     else:
         y, x = np.ogrid[:height, :width]
-        veil = 0.75 * np.exp(-((y - rng.uniform(0, height)) ** 2 + (x - rng.uniform(0, width)) ** 2) / 70 ** 2)
+        veil = 0.6 * np.exp(-((y - rng.uniform(0, height)) ** 2 + (x - rng.uniform(0, width)) ** 2) / 70 ** 2)
         luma += veil * (245 - luma)

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (FRAME_SIZE, IGNORE, DataError, Video, check_same_size, fit, list_frames, network_input, read_classes,
+from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, DataError, Video, check_same_size, fit, list_frames, network_input, read_classes,
                   read_frame, read_index_map, read_labels, read_split)
 from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, load_official
 from segformer import (MIT_VARIANTS, SegFormer, bands, bilinear_matrix, load_pretrained, load_strictly,
@@ -136,11 +136,16 @@ def decode_mask(logits: Tensor, network_size: tuple[int, int], frame_size: tuple
     return torch.cat(masks).to(torch.uint8)
 
 
-def segment_video(model: nn.Module, frames: Sequence[Path], frame_size: Sequence[int],
-                  amp: str | None = None) -> Iterator[np.ndarray]:
-    """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size."""
+def segment_video(model: nn.Module, frames: Sequence[Path], frame_size: Sequence[int], amp: str | None = None,
+                  offsets: Sequence[int] = ()) -> Iterator[np.ndarray]:
+    """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size.
+
+    `offsets` say where among the frames the references are, if not where the model would look for them.
+    """
     device = next(model.parameters()).device
-    step = model.stream() if isinstance(model, MRCFA) else lambda x: model(x[None])[0]
+    stream = model.stream() if isinstance(model, MRCFA) else None
+    if stream and offsets:
+        stream.offsets = tuple(offsets)
     size: tuple[int, int] | None = None
     for path in frames:
         image = read_frame(path)
@@ -148,7 +153,7 @@ def segment_video(model: nn.Module, frames: Sequence[Path], frame_size: Sequence
         check_same_size(path, image.size, size)
         with torch.no_grad(), autocast(device, amp):
             x = network_input(image, frame_size).to(device)
-            logits = step(x).float()
+            logits = (stream(x) if stream else model(x[None])[0]).float()
         yield decode_mask(logits, x.shape[-2:], size[::-1]).cpu().numpy()
 
 
@@ -167,16 +172,19 @@ def evaluate(model: nn.Module, videos: list[Video], num_classes: int, frame_size
     model.eval()
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, each = videos[rank::processes], []
+    mine = [video.up_to_label() for video in mine]
     frames = sum(len(video.frames) for video in mine)
     with tqdm(total=frames, desc="evaluate", unit="frame", dynamic_ncols=True, disable=rank > 0) as bar:
         for video in mine:
             masks, labels = [], []
-            for i, mask in enumerate(segment_video(model, video.frames, frame_size, amp)):
-                masks.append(mask)
-                labels.append(np.array(read_labels(video.masks[i], mask.shape[::-1], num_classes)))
-                if save:
-                    save_mask(mask, save / video.name / f"{video.frames[i].stem}.png")
+            predictions = segment_video(model, video.frames, frame_size, amp, video.offsets)
+            for frame, label, mask in zip(video.frames, video.masks, predictions):
                 bar.update()
+                if label:
+                    masks.append(mask)
+                    labels.append(np.array(read_labels(label, mask.shape[::-1], num_classes)))
+                    if save:
+                        save_mask(mask, save / video.name / f"{frame.stem}.png")
             each.append(SegmentationMetrics(num_classes))
             each[-1].update(np.stack(labels), np.stack(masks))
     model.train(training)
@@ -198,6 +206,8 @@ def score(predictions: Path, videos: list[Video], num_classes: int) -> Segmentat
     for video in tqdm(videos, desc="score", unit="video", dynamic_ncols=True):
         labels, masks = [], []
         for frame, label in zip(video.frames, video.masks):
+            if label is None:
+                continue
             size = read_frame(frame).size
             path = predictions / video.name / f"{frame.stem}.png"
             masks.append(np.array(read_index_map(path, size)))
@@ -256,9 +266,11 @@ def save_pictures(folder: Path, video: Video, classes: Sequence[str], masks: dic
     Pixels whose prediction is wrong are hatched.
     """
     moments = []
-    for t, path in enumerate(video.frames):
+    for t, (path, mask) in enumerate(zip(video.frames, video.masks)):
+        if mask is None:
+            continue
         frame = read_frame(path)
-        labels = np.array(read_labels(video.masks[t], frame.size, len(classes)))
+        labels = np.array(read_labels(mask, frame.size, len(classes)))
         row = [panel(frame, f"{video.name}, frame {t}"), panel(coloured(labels), "label")]
         y, x = np.indices(labels.shape)
         hatch = (x + y) % (labels.shape[0] // 16) < labels.shape[0] // 64
@@ -324,7 +336,8 @@ def load_released(checkpoint: dict, name: str | None, num_classes: int | None) -
     if name.startswith("mrcfa") != (value is not None):
         raise ValueError(f"is {'a SegFormer' if value is None else 'an MRCFA'}, but --model says {name}")
     stride = REFERENCE_STRIDE if value is None else 8 * value.shape[-1]
-    config = {"model": name, "classes": [f"class {i}" for i in range(num_classes)], "frame_size": FRAME_SIZE,
+    config = {"model": name, "classes": [f"class {i}" for i in range(num_classes)],
+              "frame_size": FRAME_SIZE if stride == REFERENCE_STRIDE else CITYSCAPES_FRAME_SIZE,
               **dict(zip(MRCFA_ARGUMENTS, (stride, None, True, True, OFFSETS)))}
     model = build_model(config)
     if isinstance(model, MRCFA):
@@ -533,14 +546,14 @@ def main():
             save_mask(next(masks), args.save / f"{frame.stem}.png")
         print(f"{len(frames)} masks are in {args.save}")
         return
-    videos, classes = read_split(args.data, args.split), read_classes(args.data)
+    classes = read_classes(args.data)
     if args.predictions:
-        name, metrics = args.predictions.name, score(args.predictions, videos, len(classes))
+        name, metrics = args.predictions.name, score(args.predictions, read_split(args.data, args.split), len(classes))
     else:
         model, config = open_model(args)
         if len(config["classes"]) != len(classes):
             raise DataError(f"{args.checkpoint}: has {len(config['classes'])} classes, but {args.data} {len(classes)}")
-        name = config["model"]
+        name, videos = config["model"], read_split(args.data, args.split, getattr(model, "offsets", ()))
         metrics = evaluate(model, videos, len(classes), config["frame_size"], args.save, args.amp)
     result = metrics.compute()
     print(table(name, result))

@@ -373,13 +373,14 @@ RELEASED_NAMES = (
 )
 
 
-def load_official(model: MRCFA, source):
-    """Load a released MRCFA checkpoint, a path or a state dict; ValueError unless every key fits."""
+def rename_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A released MRCFA's weights under our keys."""
     segformer, ours = {}, {}
-    for key, value in read_state_dict(source).items():
+    classifiers = {int(key.split(".")[1][4:]) for key in state if key.startswith("decode_head.deco")}
+    for key, value in state.items():
         if match := re.match(r"decode_head\.deco(\d+)\.smalldecoder", key):  # the last is the one of O
-            i = int(match[1]) - 1
-            name = f"auxiliary_classifiers.{i}" if i < len(model.auxiliary_classifiers) else "classifier"
+            i = int(match[1])
+            name = f"auxiliary_classifiers.{i - 1}" if i < max(classifiers) else "classifier"
             ours[name + key[match.end():]] = value
         elif key.startswith(("decode_head.hypercorre_module", "decode_head.sr")):
             name = key.removeprefix("decode_head.")
@@ -388,4 +389,9 @@ def load_official(model: MRCFA, source):
             ours[name] = value
         else:
             segformer[key] = value
-    load_strictly(model, ours | {f"segformer.{key}": value for key, value in rename(segformer).items()})
+    return ours | {f"segformer.{key}": value for key, value in rename(segformer).items()}
+
+
+def load_official(model: MRCFA, source):
+    """Load a released MRCFA checkpoint, a path or a state dict; ValueError unless every key fits."""
+    load_strictly(model, rename_official(read_state_dict(source)))

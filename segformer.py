@@ -14,6 +14,7 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -286,8 +287,18 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -
 
 # ----------------------------------------------------------------------------------------------- pretrained weights
 
-# Keys of NVlabs' and of Hugging Face's checkpoints -> ours, applied in this order, stages counted from 0.
+# Keys of NVlabs', Hugging Face's and mmsegmentation's checkpoints -> ours, applied in this order, stages from 0.
 RENAMES = (
+    (r"^layers\.(\d)\.0\.projection", r"encoder.stages.\1.embed"),
+    (r"^layers\.(\d)\.0\.norm", r"encoder.stages.\1.embed_norm"),
+    (r"^layers\.(\d)\.1", r"encoder.stages.\1.blocks"),
+    (r"^layers\.(\d)\.2", r"encoder.stages.\1.norm"),
+    (r"attn\.attn\.in_proj_", "attn.qkv."),
+    (r"attn\.attn\.out_proj", "attn.proj"),
+    (r"ffn\.layers\.0", "mlp.fc1"),
+    (r"ffn\.layers\.1", "mlp.dwconv"),
+    (r"ffn\.layers\.4", "mlp.fc2"),
+    (r"^(convs|fusion_conv)\.", r"head.\1."),
     (r"^patch_embed(?:dings)?\.(\d)\.proj", r"encoder.stages.\1.embed"),
     (r"^patch_embed(?:dings)?\.(\d)\.(?:layer_)?norm", r"encoder.stages.\1.embed_norm"),
     (r"^(?:layer_)?norm\.(\d)", r"encoder.stages.\1.norm"),
@@ -314,14 +325,22 @@ def read_checkpoint(path) -> dict:
     try:
         with open(path, "rb") as file:
             head = file.read(32).lstrip()
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file  # the one format that isn't PyTorch's own
+            return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{path}: needs the safetensors package (pip install safetensors), or give the same weights "
+                         "as pytorch_model.bin") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}; give a checkpoint file") from None
-    except Exception:  # each of torch.load's file formats raises its own
-        signs = {b"<": "a web page: download the file itself", b"PK": "a truncated checkpoint: download it again",
-                 b"version https://git-lfs": "a Git LFS pointer: fetch the file itself (git lfs pull)"}
+    except Exception as error:  # each of torch.load's file formats raises its own
+        cut = "a truncated checkpoint: download it again"
+        signs = {b"<": "a web page: download the file itself", b"PK": cut,
+                 b"version https://git-lfs": "a Git LFS pointer: fetch the file itself (git lfs pull)",
+                 head if isinstance(error, EOFError) or re.search("EOF|truncated", str(error)) else b"none": cut}
         looks = next((looks for sign, looks in signs.items() if head.startswith(sign)),
-                     "no PyTorch checkpoint, or one that would run code when loaded")
+                     "no checkpoint, or one that would run code when loaded")
         raise ValueError(f"{path}: can't be read, it looks like {looks}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint but a {type(content).__name__}")
@@ -341,7 +360,7 @@ def read_state_dict(source) -> dict[str, Tensor]:
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """NVlabs' or Hugging Face's MiT or SegFormer weights under the keys of our `SegFormer`, without dead keys."""
+    """NVlabs', Hugging Face's or mmsegmentation's weights under the keys of our `SegFormer`, without dead keys."""
     renamed = {}
     for key, value in state.items():
         if DEAD_KEYS.fullmatch(key):
@@ -350,11 +369,15 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
         key = re.sub(r"^(patch_embed|block|norm|linear_c)(\d)\.", lambda m: f"{m[1]}.{int(m[2]) - 1}.", key)  # from 0
         for pattern, ours in RENAMES:
             key = re.sub(pattern, ours, key)
-        renamed[key] = value
-    for key in [k for k in renamed if ".attn.key." in k]:  # ours is one Linear for both
+        renamed[key] = value.flatten(1) if re.search(r"\.mlp\.fc\d\.weight$", key) else value  # of 1x1 convolutions
+    # Our Linears are one for q and one for k and v; Hugging Face has three, mmsegmentation one.
+    for key in [k for k in renamed if ".attn.key." in k]:
         value = renamed.pop(key.replace(".key.", ".value."), None)
         if value is not None:
             renamed[key.replace(".key.", ".kv.")] = torch.cat([renamed.pop(key), value])
+    for key in [k for k in renamed if ".attn.qkv." in k]:
+        q, k, v = renamed.pop(key).chunk(3)
+        renamed |= {key.replace(".qkv.", ".q."): q, key.replace(".qkv.", ".kv."): torch.cat([k, v])}
     return renamed
 
 
@@ -387,17 +410,18 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[s
 
 
 def load_pretrained(module: nn.Module, source):
-    """Load ImageNet or SegFormer weights, named as NVlabs or Hugging Face do, into an encoder, SegFormer or MRCFA.
+    """Load ImageNet or SegFormer weights into an encoder, a SegFormer or an MRCFA.
 
-    `source` is a path or a state dict. What an ImageNet encoder can't have keeps its initialisation. A classifier of
-    another class count is skipped, and so is a head of another width in an MRCFA, both with a warning. Raises
-    ValueError, with the keys, for everything else that doesn't fit.
+    `source` is a path or a state dict, with the names of NVlabs, Hugging Face or mmsegmentation. What an ImageNet
+    encoder can't have keeps its initialisation. Skipped with a warning are a classifier of another class count, in an
+    MRCFA a head of another width, and mmsegmentation's head, which is another network. Raises ValueError, with the
+    keys, for everything else that doesn't fit.
     """
     state = rename(read_state_dict(source))
     segformer = getattr(module, "segformer", module)  # an MRCFA has one inside
     if not any(key.startswith("encoder.stages.") for key in state):
-        raise ValueError(f"no MiT weights: expected keys like 'patch_embed1.proj.weight' or "
-                         f"'encoder.patch_embeddings.0.proj.weight', found {', '.join(list(state)[:3])}")
+        raise ValueError(f"no MiT weights: expected keys like 'patch_embed1.proj.weight', 'layers.0.0.projection.weight'"
+                         f" or 'encoder.patch_embeddings.0.proj.weight', found {', '.join(list(state)[:3])}")
     if isinstance(segformer, MixVisionTransformer):
         load_strictly(segformer, {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
         return
@@ -410,7 +434,9 @@ def load_pretrained(module: nn.Module, source):
         for key in [key for key in state if key.startswith(part + ".")]:
             del state[key]
 
-    if "head.fuse.weight" in state and module is not segformer and len(state["head.fuse.weight"]) != EMBED_DIM:
+    if "head.fusion_conv.conv.weight" in state:
+        skip("head", "mmsegmentation's has BatchNorm and ReLU after each projection, this one hasn't")
+    elif "head.fuse.weight" in state and module is not segformer and len(state["head.fuse.weight"]) != EMBED_DIM:
         skip("classifier", f"the head is {len(state['head.fuse.weight'])} wide, MRCFA's is {EMBED_DIM}")
         skip("head", f"it is {len(state['head.fuse.weight'])} wide, MRCFA's is {EMBED_DIM}")
     elif "classifier.1.bias" in state and state["classifier.1.bias"].shape != own["classifier.1.bias"].shape:

@@ -22,7 +22,7 @@ import eval as evaluation
 import train as training
 from data import ClipDataset, DataError, fit, network_input, read_labels, read_split
 from eval import SegmentationMetrics, decode_mask
-from mrcfa import MRCFA, AffinityRefinement, load_official, mrcfa_loss, reference_indices
+from mrcfa import MRCFA, AffinityRefinement, Queries, load_official, mrcfa_loss, reference_indices
 from segformer import MIT_VARIANTS, SegFormer, load_pretrained, mit, segmentation_loss
 
 torch.set_num_threads(1)  # at tiny sizes as fast as more, and in several processes at once faster
@@ -298,6 +298,26 @@ def test_target_reads_only_what_it_is_given():
     assert torch.equal(attention, torch.ones_like(attention))
 
 
+@pytest.mark.parametrize("variant", ["b0", "b1"])
+@pytest.mark.parametrize("switches", [{}, {"refine": False}, {"aggregate": False}, {"keep_ratio": 1.0}, {"offsets": (3,)}])
+def test_every_parameter_learns_whatever_is_left_out(variant, switches):
+    model = MRCFA(variant, 3, **switches)
+    clip_logits = model(torch.randn(1, len(model.offsets) + 1, 3, 64, 64))
+    mrcfa_loss(*clip_logits, torch.randint(0, 3, (1, len(model.offsets) + 1, 64, 64))).backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert not without and frozen == ({"query3", "key3", "reduce3", "query4", "key4"} if "aggregate" in switches else set())
+
+
+def test_without_sar_and_maa_the_finest_affinities_are_merged_as_they_are():
+    sar = MRCFA("b0", 3, refine=False, aggregate=False).aggregation
+    q, k = torch.randn(2, 64, 6, 8), torch.randn(2, 5, 64)
+    images = torch.einsum("bchw,bmc->bmhw", q, k)
+    torch.testing.assert_close(sar.g2.of_product(sar.g2.prepare(q), k), images)
+    queries = Queries(None, sar.g2.prepare(q), None, None)
+    torch.testing.assert_close(sar(queries, k, None, None), sar.g32(images))
+
+
 @pytest.mark.parametrize("target_only", [False, True])
 def test_loss_is_the_papers_and_so_are_its_gradients(target_only):
     torch.manual_seed(0)
@@ -357,6 +377,71 @@ def test_nvlabs_weights_go_into_encoder_segformer_and_mrcfa(tmp_path):
         load_pretrained(SegFormer("b0", 7), whole)
 
 
+HUGGING_FACE = {
+    "proj": "encoder.patch_embeddings.{i}.proj", "norm": "encoder.patch_embeddings.{i}.layer_norm", "last": "encoder.layer_norm.{i}",
+    "norm1": "layer_norm_1", "norm2": "layer_norm_2", "attn.norm": "attention.self.layer_norm", "attn.sr": "attention.self.sr",
+    "attn.q": "attention.self.query", "attn.proj": "attention.output.dense", "mlp.fc1": "mlp.dense1", "mlp.fc2": "mlp.dense2",
+    "mlp.dwconv.dwconv": "mlp.dwconv.dwconv", "block": "encoder.block.{i}.{j}."}
+MMSEGMENTATION = {
+    "proj": "layers.{i}.0.projection", "norm": "layers.{i}.0.norm", "last": "layers.{i}.2", "norm1": "norm1", "norm2": "norm2",
+    "attn.norm": "attn.norm", "attn.sr": "attn.sr", "attn.proj": "attn.attn.out_proj", "mlp.fc1": "ffn.layers.0",
+    "mlp.fc2": "ffn.layers.4", "mlp.dwconv.dwconv": "ffn.layers.1", "block": "layers.{i}.1.{j}."}
+
+
+def in_other_names(state: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """NVlabs' weights of an encoder in the naming of Hugging Face or mmsegmentation."""
+    renamed = {}
+    for key, value in state.items():
+        place, kind = key.rsplit(".", 1)
+        if place.startswith("patch_embed"):
+            renamed[names[place[13:]].format(i=int(place[11]) - 1) + "." + kind] = value
+        elif place.startswith("norm"):
+            renamed[names["last"].format(i=int(place[4]) - 1) + "." + kind] = value
+        else:
+            block, j, layer = place.split(".", 2)
+            prefix = names["block"].format(i=int(block[5]) - 1, j=j)
+            if names is HUGGING_FACE and layer == "attn.kv":
+                for part, half in zip(("key", "value"), value.chunk(2)):
+                    renamed[f"{prefix}attention.self.{part}.{kind}"] = half
+            elif names is MMSEGMENTATION and layer == "attn.q":
+                both = torch.cat([value, state[f"{place.removesuffix('.q')}.kv.{kind}"]])
+                renamed[f"{prefix}attn.attn.in_proj_{kind}"] = both
+            elif layer != "attn.kv":
+                convolution = names is MMSEGMENTATION and "fc" in layer and kind == "weight"
+                renamed[f"{prefix}{names[layer]}.{kind}"] = value[..., None, None] if convolution else value
+    return renamed
+
+
+@pytest.mark.parametrize("names, prefix", [(HUGGING_FACE, ""), (HUGGING_FACE, "segformer."), (MMSEGMENTATION, ""), (MMSEGMENTATION, "backbone.")])
+def test_hugging_face_and_mmsegmentation_weights_are_the_same_network(names, prefix):
+    encoder = {name: tensor_for("backbone." + name, shape) for name, shape in backbone_shapes("b0").items()}
+    state = {prefix + name: value for name, value in in_other_names(encoder, names).items()}
+    for module in (mit("b0"), MRCFA("b0", 7)):
+        load_pretrained(module, state)
+        features = getattr(getattr(module, "segformer", module), "encoder", module).eval()(clip_for(4, 64, 96)[0])
+        golden = GOLDEN["b0", 64, 96, 32, 124]["features"]
+        np.testing.assert_allclose([f(x).item() for x in features for f in (torch.mean, torch.std)], golden, atol=1e-6)
+
+
+def test_hugging_faces_head_is_ours_and_mmsegmentations_is_not():
+    encoder = {name: tensor_for("backbone." + name, shape) for name, shape in backbone_shapes("b0").items()}
+    head = {f"decode_head.{k}": tensor_for(f"decode_head.{k}", shape) for k, shape in head_shapes("b0", 124).items() if "conv_seg" not in k}
+    ours = {"linear_fuse.conv": "linear_fuse", "linear_fuse.bn": "batch_norm", "linear_pred": "classifier",
+            **{f"linear_c{i + 1}": f"linear_c.{i}" for i in range(4)}}
+    for theirs, name in ours.items():
+        head = {key.replace(f"decode_head.{theirs}.", f"decode_head.{name}."): value for key, value in head.items()}
+    model = SegFormer("b0", 124).eval()
+    load_pretrained(model, {f"segformer.{k}": v for k, v in in_other_names(encoder, HUGGING_FACE).items()} | head)
+    with torch.no_grad():
+        logits = model(clip_for(4, 64, 96)[0, -1:])
+    np.testing.assert_allclose(at_six_places(logits), GOLDEN["b0", 64, 96, 32, 124]["single_frame"], atol=1e-4)
+
+    other = {"decode_head.convs.0.conv.weight": torch.zeros(256, 32, 1, 1), "decode_head.fusion_conv.conv.weight": torch.zeros(256, 1024, 1, 1),
+             "decode_head.conv_seg.weight": torch.zeros(124, 256, 1, 1)}
+    with pytest.warns(UserWarning, match="head skipped: mmsegmentation's has BatchNorm"):
+        load_pretrained(model, {f"backbone.{k}": v for k, v in in_other_names(encoder, MMSEGMENTATION).items()} | other)
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     state = official_state("b0", 5)
     for wrong, match in ((state | {"decode_head.extra.weight": torch.zeros(1)}, "1 unexpected: .*extra"),
@@ -369,6 +454,13 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         (tmp_path / "weights.pth").write_bytes(content)
         with pytest.raises(ValueError, match=match):
             load_pretrained(SegFormer("b0", 5), tmp_path / "weights.pth")
+    torch.save({"a": torch.zeros(100)}, tmp_path / "whole.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "weights.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-50])
+    with pytest.raises(ValueError, match="truncated"):
+        load_pretrained(SegFormer("b0", 5), tmp_path / "weights.pth")
+    (tmp_path / "weights.safetensors").write_bytes(b"0")
+    with pytest.raises(ValueError, match="needs the safetensors package|can't be read"):
+        load_pretrained(SegFormer("b0", 5), tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="no MiT weights"):
         load_pretrained(SegFormer("b0", 5), {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)})
 
@@ -511,6 +603,47 @@ def test_distortion_changes_each_frame_within_its_limits():
     assert changed.min() >= 0 and changed[:, 2].max() == 255 and np.ptp(changed, axis=0).min() > 60
 
 
+@pytest.fixture
+def few_synthetic(monkeypatch):
+    monkeypatch.setattr(data, "SYNTHETIC_VIDEOS", {"train": 2, "val": 2})
+
+
+def test_synthetic_videos_hide_what_and_not_where_and_not_in_the_references(few_synthetic, tmp_path):
+    data.write_synthetic(tmp_path / "a")
+    data.write_synthetic(tmp_path / "b")
+    files = [sorted(path.relative_to(tmp_path / x) for path in (tmp_path / x).rglob("*.*")) for x in "ab"]
+    assert files[0] == files[1] and len(files[0]) == 3 + 4 * 20 * 2
+    assert all((tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes() for path in files[0])
+    train, val = (read_split(tmp_path / "a", split) for split in ("train", "val"))
+    assert not {video.name for video in train} & {video.name for video in val}
+    bad = 0
+    for video in train + val:
+        frames = [np.array(data.read_frame(path).convert("L")).astype(float) for path in video.frames]
+        labels = [np.array(read_labels(path, data.SYNTHETIC_SIZE, 5)) for path in video.masks]
+        assert len(np.unique(labels)) > 1 and (labels[0] != labels[-1]).mean() > 0.05  # things move
+        # Textures are what varies over half a period; noise does so over a pixel and is left out of the comparison.
+        smooth = [F.avg_pool2d(torch.from_numpy(frame)[None], 3, 1, 1)[0].numpy() for frame in frames]
+        texture = [abs(x[:, 9:] - 2 * x[:, 4:-5] + x[:, :-9])[label[:, 4:-5] > 0].mean() for x, label in zip(smooth, labels)]
+        for t in range(9, 20):
+            if texture[t] < 0.6 * np.median(texture):
+                bad += 1
+                assert min(texture[t - offset] for offset in (3, 6, 9)) > 0.6 * np.median(texture)
+    assert bad >= 4
+
+
+def test_interrupted_synthetic_videos_leave_nothing(few_synthetic, tmp_path, monkeypatch):
+    def interrupted(rng):
+        yield next(synthetic_video(rng))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        synthetic_video = data.synthetic_video
+        patch.setattr(data, "synthetic_video", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            data.write_synthetic(tmp_path / "data")
+    assert not list(tmp_path.iterdir())
+
+
 # --------------------------------------------------------------------------------------------------------- the scripts
 
 def run(script, monkeypatch, *args) -> int:
@@ -558,6 +691,91 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
                  [evaluation, "--checkpoint", out / "last.pt", "--data", videos, "--save", masks]):
         assert run(args[0], monkeypatch, *args[1:]) == 2
         assert "exists already" in capsys.readouterr().err
+
+
+def write_cityscapes(root: Path) -> Path:
+    """Labelled frames with all frames around them, without those after, and without one of those before."""
+    rng = np.random.default_rng(0)
+    for split, city, sequence, target, missing in (
+            ("train", "aachen", 0, 19, []), ("train", "bochum", 3, 42, [45]), ("train", "bochum", 4, 19, [13]),
+            ("train", "ulm", 0, 19, [16, 22]), ("val", "munster", 1, 19, []), ("val", "munster", 2, 30, [27])):
+        for t in range(target - 19, target + 11):
+            if t not in missing:
+                path = root / "leftImg8bit_sequence" / split / city / f"{city}_{sequence:06d}_{t:06d}_leftImg8bit.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (64, 32), (t, sequence, 0)).save(path)
+        path = root / "gtFine" / split / city / f"{city}_{sequence:06d}_{target:06d}_gtFine_labelIds.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ids = rng.choice([0, 1, 7, 8, 24, 33], (4, 8)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(ids).save(path)
+    return root
+
+
+def test_cityscapes_clips_follow_the_frames_numbers(tmp_path):
+    root = write_cityscapes(tmp_path / "cityscapes")
+    clips = ClipDataset(read_split(root, "train", (9, 6, 3)), 19, (9, 6, 3), (32, 32), (64, 32))
+    assert clips.too_short == 1  # ulm's, with a frame missing on both sides
+    seen = {video.name: set() for video in clips.videos}
+    for i in range(60):
+        paths, masks, _ = clips.choose(i)
+        numbers = [int(path.name.split("_")[2]) for path in paths]
+        assert masks[:3] == [None] * 3 and masks[3].name.startswith(paths[3].name.removesuffix("_leftImg8bit.png"))
+        seen[paths[3].name.removesuffix("_leftImg8bit.png")].add(tuple(numbers))
+    assert seen == {"aachen_000000_000019": {(10, 13, 16, 19), (28, 25, 22, 19)}, "bochum_000003_000042": {(33, 36, 39, 42)},
+                    "bochum_000004_000019": {(28, 25, 22, 19)}}
+    images, labels = clips[0]
+    assert images.shape == (4, 3, 32, 32) and labels.shape == (32, 32)
+
+    ids = root / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"
+    Image.fromarray(np.array([[0, 7, 8, 24, 33, 255]], dtype=np.uint8)).save(ids)
+    assert np.array(read_labels(ids, (6, 1), 19)).tolist() == [[255, 0, 1, 11, 18, 255]]
+    train_ids = ids.with_name("aachen_000000_000019_gtFine_labelTrainIds.png")
+    Image.fromarray(np.array([[0, 18, 255]], dtype=np.uint8)).save(train_ids)
+    assert np.array(read_labels(train_ids, (3, 1), 19)).tolist() == [[0, 18, 255]]
+    assert [mask.name for mask in read_split(root, "train", (3,))[0].masks if mask] == [train_ids.name]
+    Image.fromarray(np.array([[19]], dtype=np.uint8)).save(train_ids)
+    with pytest.raises(DataError, match="label 19"):
+        read_labels(train_ids, (1, 1), 19)
+
+
+@pytest.mark.parametrize("model", ["mrcfa_b0", "segformer_b0"])
+def test_cityscapes_trains_and_evaluates_its_labelled_frames_alone(model, tmp_path, monkeypatch, capsys):
+    root, out, masks = write_cityscapes(tmp_path / "cityscapes"), tmp_path / "run", tmp_path / "masks"
+    args = ["--dataset", "cityscapes", "--data", root, "--model", model, "--out", out, "--iters", 3, "--batch-size", 2, "--workers", 0]
+    assert run(training, monkeypatch, *args, "--crop", 64, 128, "--frame-size", 128, 64) == 0
+    config = torch.load(out / "last.pt", weights_only=True)["config"]
+    assert config["reference_stride"] == 16 and len(config["classes"]) == 19
+    entry = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert entry["mVC8"] is None and entry["mVC16"] is None and entry["mIoU"] is not None
+    assert run(evaluation, monkeypatch, "--checkpoint", out / "last.pt", "--data", root, "--save", masks) == 0
+    row = capsys.readouterr().out.strip().splitlines()[-1].split()
+    assert row[0] == model and row[3:5] == ["-", "-"]
+    saved = [path for path in masks.rglob("*.png")]
+    assert sorted(path.parent.name for path in saved) == ["munster_000001_000019", "munster_000002_000030"]
+    assert run(evaluation, monkeypatch, "--predictions", masks, "--data", root) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].split()[1:] == row[1:]
+    if model == "mrcfa_b0":  # the logits of the second video's clip: played backwards, as nothing comes before
+        network, _ = evaluation.load_model(out / "last.pt")
+        frames = [root / f"leftImg8bit_sequence/val/munster/munster_000002_{t:06d}_leftImg8bit.png" for t in (39, 36, 33, 30)]
+        clip = torch.stack([network_input(data.read_frame(path), (128, 64)) for path in frames])
+        with torch.no_grad():
+            expected = decode_mask(network.eval()(clip[None])[0], (64, 128), (32, 64))
+        with Image.open(masks / "munster_000002_000030" / "munster_000002_000030_leftImg8bit.png") as mask:
+            assert np.array_equal(np.array(mask), expected.numpy())
+
+
+def test_without_arguments_it_makes_videos_trains_and_shows_pictures(few_synthetic, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(training.RECIPES, "synthetic", (*training.RECIPES["synthetic"][:6], 2, 1e-3, 1.0, 1))
+    assert run(training, monkeypatch, "--workers", 0) == 0
+    assert "mVC8" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "runs/mrcfa_b0/pictures").iterdir()} == {f"val_00{i}.{x}" for i in "01" for x in ("webp", "png")}
+    made = (tmp_path / "data/synthetic").stat().st_mtime_ns
+    for args, code, message in (([], 2, "exists already"), (["--resume"], 0, ""), (["--out", "runs/second", "--no-refine", "--keep-ratio", 1], 0, "")):
+        assert run(training, monkeypatch, "--workers", 0, *args) == code and message in capsys.readouterr().err
+    config = torch.load("runs/second/last.pt", weights_only=True)["config"]
+    assert not config["refine"] and config["aggregate"] and config["keep_ratio"] == 1 and config["reference_stride"] == 16
+    assert (tmp_path / "data/synthetic").stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize("workers", [0, 2])

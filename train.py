@@ -30,15 +30,17 @@ from tqdm import tqdm
 from data import STRIDE, ClipDataset, DataError, Video, read_classes, read_split, write_synthetic
 from eval import (AMP, DEVICE, MODELS, ArgumentParser, autocast, build_model, command_line, device, evaluate,
                   json_metrics, positive, refuse_to_overwrite, save_pictures, segment_video, table)
-from mrcfa import MRCFA, OFFSETS, mrcfa_loss
-from segformer import load_pretrained, load_strictly, read_checkpoint, segmentation_loss
+from mrcfa import MRCFA, OFFSETS, mrcfa_loss, rename_official
+from segformer import load_pretrained, load_strictly, read_checkpoint, read_state_dict, segmentation_loss
 
 # What a data set is trained with unless a flag says otherwise; VSPW's row is the recipe of the paper.
-RECIPE = ("frame_size", "scale_range", "crop", "reference_stride", "batch_size", "iters", "lr", "head_lr", "warmup")
+RECIPE = ("frame_size", "scale_range", "crop", "reference_stride", "positive_kernels",
+          "batch_size", "iters", "lr", "head_lr", "warmup")
 RECIPES = {
-    "synthetic":  ((192, 128), (1.0, 1.0), (128, 192), 16, 2, 800, 1e-3, 1.0, 50),
-    "folder":     ((853, 480), (0.5, 2.0), (480, 480), 32, 8, 40_000, 6e-5, 10.0, 1500),
-    "vspw":       ((853, 480), (0.5, 2.0), (480, 480), 32, 8, 160_000, 6e-5, 10.0, 1500),
+    "synthetic":  ((192, 128), (1.0, 1.0), (128, 192), 16, True, 2, 800, 1e-3, 1.0, 50),
+    "folder":     ((853, 480), (0.5, 2.0), (480, 480), 32, False, 8, 40_000, 6e-5, 10.0, 1500),
+    "vspw":       ((853, 480), (0.5, 2.0), (480, 480), 32, False, 8, 160_000, 6e-5, 10.0, 1500),
+    "cityscapes": ((1024, 512), (0.5, 2.0), (512, 1024), 16, False, 8, 160_000, 6e-5, 10.0, 1500),
 }
 SYNTHETIC = Path("data/synthetic")
 PICTURED = 3              # validation videos of which there are pictures in the end
@@ -48,9 +50,11 @@ PLACE = ("out", "resume", "device")  # arguments that belong to where a run happ
 
 
 def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The training loss of clips (B, T, 3, h, w) and labels (B, T, h, w); SegFormer takes each frame by itself."""
+    """The training loss of clips (B, T, 3, h, w) and labels (B, T, h, w) or, of the targets alone, (B, h, w)."""
     if isinstance(getattr(model, "module", model), MRCFA):
         return mrcfa_loss(*model(images), labels)
+    if labels.ndim == 3:
+        images, labels = images[:, -1:], labels[:, None]
     return segmentation_loss(model(images.flatten(0, 1)), labels.flatten(0, 1))
 
 
@@ -251,7 +255,8 @@ def parse_args() -> argparse.Namespace:
                                   f"videos are made there, by default {SYNTHETIC}, if it doesn't exist")
     run("--out", type=Path, help="folder of this run, by default runs/MODEL; an existing one is only ever continued")
     run("--resume", action="store_true", help="continue the run in --out with the arguments that it was started with")
-    run("--pretrained", type=Path, help="ImageNet or SegFormer weights to start from: far better than from scratch")
+    run("--pretrained", type=Path, metavar="FILE",
+        help="weights to start from, far better than from scratch: of MiT, SegFormer, a released MRCFA, or a last.pt")
     run("--seed", type=int, default=0, help="of initialisation, clips and dropout; several show the spread")
     run("--device", type=device, default=DEVICE, help="where the network runs")
     run("--workers", type=int, default=2, help="processes that load clips: more if the network waits for them")
@@ -285,6 +290,8 @@ def parse_args() -> argparse.Namespace:
     model = parser.add_argument_group("MRCFA, and what it is without its parts").add_argument
     model("--reference-stride", type=int, choices=(16, 32),
           help="of reference tokens: 16 sees finer things at four times the affinities")
+    model("--positive-kernels", action=argparse.BooleanOptionalAction,
+          help="begin SAR's and MAA's convolutions with positive kernels, which learns faster; the paper's may invert")
     model("--keep-ratio", type=float, metavar="P", help="share of tokens that STM keeps, by default the paper's; 1: all")
     model("--no-refine", dest="refine", action="store_false", help="leave out SAR")
     model("--no-aggregate", dest="aggregate", action="store_false", help="leave out MAA: the finest scale alone")
@@ -346,6 +353,26 @@ def signals_noted(run: Run):
             signal.signal(number, handler)
 
 
+def start_from(model: nn.Module, path: Path):
+    """Begin with weights: of an encoder, a SegFormer, a released MRCFA, or a checkpoint of this script.
+
+    Classifiers of other classes keep their initialisation. Raises ValueError where anything else doesn't fit.
+    """
+    checkpoint = read_checkpoint(path)
+    state = read_state_dict(checkpoint)
+    if "decode_head.sr1_feat.weight" in state:
+        state = rename_official(state)
+    elif "config" not in checkpoint:
+        return load_pretrained(model, state)
+    if "value.weight" not in state:
+        model = getattr(model, "segformer", model)  # a SegFormer's weights go into the one inside an MRCFA
+    own = model.state_dict()
+    other = {key for key, value in state.items() if "classifier" in key and len(value) != len(own.get(key, value))}
+    if other:
+        print(f"{path}: its classifiers are of other classes and begin anew", file=sys.stderr)
+    load_strictly(model, {key: value for key, value in state.items() if key not in other}, tuple(other))
+
+
 def train(args: argparse.Namespace):
     """Train and evaluate in this process, alone or as one of several."""
     checkpoint = read_run(args.out) if args.resume else None
@@ -355,7 +382,8 @@ def train(args: argparse.Namespace):
         write_synthetic(args.data)
     if dist.is_initialized():
         dist.barrier()  # until the videos are there, and all have seen that the run's folder isn't
-    classes, videos, val = read_classes(args.data), read_split(args.data, "train"), read_split(args.data, "val")
+    classes = read_classes(args.data)
+    videos, val = (read_split(args.data, split, args.dilation) for split in ("train", "val"))
     clips = ClipDataset(videos, len(classes), args.dilation, args.crop, args.frame_size, args.scale_range, args.seed)
 
     torch.manual_seed(args.seed)
@@ -363,9 +391,13 @@ def train(args: argparse.Namespace):
               "reference_stride": args.reference_stride, "keep_ratio": args.keep_ratio, "refine": args.refine,
               "aggregate": args.aggregate, "offsets": list(args.dilation)}
     model = build_model(config)
+    if args.positive_kernels and isinstance(model, MRCFA):
+        # By chance a kernel sums up to less than 0: it makes a hole of an image's peak, and ReLU leaves nothing of it.
+        for conv in (module for module in model.aggregation.modules() if isinstance(module, nn.Conv2d)):
+            conv.weight.data.abs_()
     if args.pretrained and not args.resume:
         try:
-            load_pretrained(model, args.pretrained)
+            start_from(model, args.pretrained)
         except ValueError as error:
             raise DataError(f"--pretrained {args.pretrained}: {error}") from None
     if dist.is_initialized() and args.device.type == "cuda":
@@ -383,8 +415,8 @@ def train(args: argparse.Namespace):
         run.train(clips, val)
     if run.rank == 0:
         run.model.eval()
-        for video in val[:PICTURED]:
-            masks = segment_video(run.model, video.frames, args.frame_size, args.amp)
+        for video in (video.up_to_label() for video in val[:PICTURED]):
+            masks = segment_video(run.model, video.frames, args.frame_size, args.amp, video.offsets)
             save_pictures(args.out / "pictures", video, classes, {args.model: list(masks)})
         print(f"the run is in {args.out}: checkpoints, log and pictures")
 
