@@ -342,12 +342,12 @@ def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Imag
 # ----------------------------------------------------------------------------------------------------- synthetic videos
 
 SYNTHETIC_CLASSES = ["background", "columns", "rows", "diagonals", "checks"]
-SYNTHETIC_SIZE = (192, 128)                    # width and height: a token grid of stride 16 has 12 x 8 of it
+SYNTHETIC_SIZE = (128, 96)                     # width and height: reference tokens of stride 16 are 8 x 6
 SYNTHETIC_VIDEOS = {"train": 200, "val": 24}
 SYNTHETIC_FRAMES = 20                          # a video
-OBJECTS, RADIUS = 4, (22, 36)                  # of a video; in pixels
+OBJECTS, RADIUS = 3, (18, 28)                  # of a video; in pixels
 TEXTURE, CHROMA = 40, 45                       # contrast of the textures, and how far colours are from grey
-PERIOD = 9                                     # of the textures, in pixels
+PERIOD = 8                                     # of the textures, in pixels
 CYCLE, BURST = 12, 3                           # of so many frames, this many in a row are bad
 BAD_MOMENTS = ("dark", "bright", "noisy", "glare", "shaken")
 

@@ -37,7 +37,7 @@ from segformer import load_pretrained, load_strictly, read_checkpoint, read_stat
 RECIPE = ("frame_size", "scale_range", "crop", "reference_stride", "positive_kernels",
           "batch_size", "iters", "lr", "head_lr", "warmup")
 RECIPES = {
-    "synthetic":  ((192, 128), (1.0, 1.0), (128, 192), 16, True, 2, 800, 1e-3, 1.0, 50),
+    "synthetic":  ((128, 96), (1.0, 1.0), (96, 128), 16, True, 4, 800, 1e-3, 1.0, 50),
     "folder":     ((853, 480), (0.5, 2.0), (480, 480), 32, False, 8, 40_000, 6e-5, 10.0, 1500),
     "vspw":       ((853, 480), (0.5, 2.0), (480, 480), 32, False, 8, 160_000, 6e-5, 10.0, 1500),
     "cityscapes": ((1024, 512), (0.5, 2.0), (512, 1024), 16, False, 8, 160_000, 6e-5, 10.0, 1500),
