@@ -33,7 +33,8 @@ WINDOWS = (8, 16)             # n of the video consistencies mVC_n, in frames
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PAPER_FPS = {"b0": (73.4, 50.0), "b1": (58.7, 40.1), "b2": (39.2, 32.1), "b5": (17.2, 15.7)}  # SegFormer's and MRCFA's
 ROUNDS = 7                    # of the benchmark
-PANEL, SHEET_COLUMNS = 320, 8  # of pictures: pixels a panel is wide at most, moments of a video on a sheet
+PICTURED = 3                  # videos of which there are pictures
+PANEL, SHEET_COLUMNS = 200, 8  # of pictures: the long side of a panel in pixels, moments of a video on a sheet
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = {"mIoU": "mIoU", "weighted_IoU": "weighted IoU", "mVC8": "mVC8", "mVC16": "mVC16",
            "pixel_accuracy": "pixel acc."}
@@ -110,11 +111,12 @@ def percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
 
 
-def table(name: str, metrics: dict[str, float]) -> str:
-    """The metrics of one method as two lines, in percent."""
-    width = max(len(name), 12)
-    return (" " * width + "".join(f"{title:>14}" for title in COLUMNS.values()) + "\n"
-            + f"{name:{width}}" + "".join(f"{percent(metrics[key]):>14}" for key in COLUMNS))
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The metrics of methods by name, a line each, in percent."""
+    width = max(12, *map(len, results))
+    return "\n".join([" " * width + "".join(f"{title:>14}" for title in COLUMNS.values()),
+                      *(f"{name:{width}}" + "".join(f"{percent(metrics[key]):>14}" for key in COLUMNS)
+                        for name, metrics in results.items())])
 
 
 def json_metrics(metrics: dict[str, float]) -> dict[str, float | None]:
@@ -242,9 +244,21 @@ def save_mask(mask: np.ndarray, path: Path):
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 
+def overlay(frame: Image.Image, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
+    """A frame with its mask's colours over it, and the names of the classes that occur."""
+    image = Image.blend(frame, coloured(mask), 0.5)
+    draw, height = ImageDraw.Draw(image), max(10, image.height // 30)
+    font = ImageFont.load_default(height)
+    for i, k in enumerate(np.unique(mask)):
+        top = 2 + i * (height + 6)
+        draw.rectangle((2, top, 2 + draw.textlength(classes[k], font) + 8, top + height + 6), tuple(palette()[3 * k:3 * k + 3]))
+        draw.text((6, top), classes[k], "black", font)
+    return image
+
+
 def panel(image: Image.Image, title: str) -> Image.Image:
-    """An image, at most PANEL pixels wide, with its title above."""
-    image = image.resize(fit(image.size, *[min(PANEL, max(image.size))] * 2), Image.Resampling.NEAREST)
+    """An image at the size that all have in a picture, with its title above."""
+    image = image.resize(fit(image.size, PANEL, PANEL), Image.Resampling.BILINEAR)
     framed = ImageOps.expand(image, (2, 20, 2, 2), "white")
     ImageDraw.Draw(framed).text((4, 3), title, "black", ImageFont.load_default(12))
     return framed
@@ -261,7 +275,7 @@ def tile(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 
 
 def save_pictures(folder: Path, video: Video, classes: Sequence[str], masks: dict[str, Sequence[np.ndarray]]):
-    """A video's frames, labels and predicted masks (H, W) by method, moving (VIDEO.webp) and as a sheet (VIDEO.png).
+    """A video's frames, labels and predicted masks (H, W), by method: moving (VIDEO.webp) and as a sheet (VIDEO.png).
 
     Pixels whose prediction is wrong are hatched.
     """
@@ -283,8 +297,8 @@ def save_pictures(folder: Path, video: Video, classes: Sequence[str], masks: dic
     folder.mkdir(parents=True, exist_ok=True)
     first, *others = [tile([row]) for row in moments]
     first.save(folder / f"{video.name}.webp", save_all=True, append_images=others, duration=150, loop=0)
-    shown = moments[::max(1, len(moments) // SHEET_COLUMNS)][:SHEET_COLUMNS]
-    tile([*zip(*shown)]).save(folder / f"{video.name}.png")
+    shown = np.linspace(0, len(moments) - 1, min(SHEET_COLUMNS, len(moments))).round().astype(int)
+    tile([*zip(*(moments[t] for t in shown))]).save(folder / f"{video.name}.png")
 
 
 # --------------------------------------------------------------------------------------------------------------- models
@@ -480,15 +494,18 @@ def parse_args() -> argparse.Namespace:
     """The command line of an evaluation."""
     parser = ArgumentParser("Evaluate a checkpoint or saved masks, segment a folder of frames, or measure the speed.")
     what = parser.add_mutually_exclusive_group(required=True).add_argument
-    what("--checkpoint", type=Path, help="evaluate it on --data, or segment --frames; train.py's or a released one")
+    what("--checkpoint", type=Path, nargs="+", metavar="FILE",
+         help="evaluate it on --data, or several side by side, or segment --frames; train.py's or a released one")
     what("--predictions", type=Path, help="score the masks DIR/<video>/<frame>.png (pixel = class from 0)")
     what("--benchmark", action="store_true", help="measure parameters, operations, time and memory of --variants")
 
     files = parser.add_argument_group("files").add_argument
     files("--data", type=Path, help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
     files("--split", default="val", help="which videos: those that DIR/SPLIT.txt names")
-    files("--frames", type=Path, help="a folder of frames without labels; their masks go to --save")
+    files("--frames", type=Path, help="a folder of frames without labels; their masks go to --save and --overlay")
     files("--save", type=Path, help="new folder for the predicted masks, palette PNGs")
+    files("--overlay", type=Path, help="new folder for the masks of --frames over the frames, with a legend")
+    files("--pictures", type=Path, help=f"new folder for pictures of the first {PICTURED} videos, moving and as sheets")
     files("--json", type=Path, help="new file for the metrics")
     files("--per-class", action="store_true", help="print each class's IoU, too")
 
@@ -511,17 +528,19 @@ def parse_args() -> argparse.Namespace:
         parser.error("--checkpoint needs --data DIR to evaluate on, or --frames DIR to segment")
     if args.predictions and args.data is None:
         parser.error("--predictions needs the labels: --data DIR")
-    if args.frames and args.save is None:
-        parser.error("--frames needs --save DIR for the masks")
+    if args.frames and not (args.save or args.overlay):
+        parser.error("--frames needs --save DIR for the masks, or --overlay DIR")
+    if args.frames and len(args.checkpoint) > 1:
+        parser.error("--frames takes one --checkpoint")
     return args
 
 
-def open_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """The model that the command line asks for, ready to run, and its config."""
-    model, config = load_model(args.checkpoint, args.model, args.num_classes)
+def open_model(args: argparse.Namespace, path: Path) -> tuple[nn.Module, dict]:
+    """A model as the command line wants it, ready to run, and its config."""
+    model, config = load_model(path, args.model, args.num_classes)
     if args.dilation and isinstance(model, MRCFA):
         if len(args.dilation) != len(model.offsets):
-            raise DataError(f"--dilation {args.dilation}: the model takes {len(model.offsets)} references")
+            raise DataError(f"--dilation {args.dilation}: {path} takes {len(model.offsets)} references")
         model.offsets = tuple(args.dilation)
     config["frame_size"] = args.frame_size or config["frame_size"]
     model.eval().to(args.device)
@@ -530,38 +549,65 @@ def open_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     return model, config
 
 
+def segment_frames(args: argparse.Namespace):
+    """Segment a folder of frames: masks to --save, the masks over their frames to --overlay."""
+    frames = list_frames(args.frames)
+    model, config = open_model(args, args.checkpoint[0])
+    masks = segment_video(model, frames, config["frame_size"], args.amp)
+    for path in tqdm(frames, desc="segment", unit="frame", dynamic_ncols=True):
+        mask = next(masks)
+        if args.save:
+            save_mask(mask, args.save / f"{path.stem}.png")
+        if args.overlay:
+            args.overlay.mkdir(parents=True, exist_ok=True)
+            overlay(read_frame(path), mask, config["classes"]).save(args.overlay / f"{path.stem}.jpg", quality=92)
+    print(f"{len(frames)} frames are in {' and '.join(str(path) for path in (args.save, args.overlay) if path)}")
+
+
+def evaluate_checkpoints(args: argparse.Namespace, classes: list[str]) -> dict[str, SegmentationMetrics]:
+    """Evaluate one checkpoint or several on the same videos, and draw them side by side for --pictures."""
+    results, masks = {}, {}
+    for path in args.checkpoint:
+        model, config = open_model(args, path)
+        if len(config["classes"]) != len(classes):
+            raise DataError(f"{path}: has {len(config['classes'])} classes, but {args.data} {len(classes)}")
+        name = config["model"] if config["model"] not in results else str(path)
+        videos = read_split(args.data, args.split, getattr(model, "offsets", ()))
+        save = args.save / name if args.save and len(args.checkpoint) > 1 else args.save
+        results[name] = evaluate(model, videos, len(classes), config["frame_size"], save, args.amp)
+        if args.pictures:
+            shown = [video.up_to_label() for video in videos[:PICTURED]]
+            masks[name] = [list(segment_video(model, video.frames, config["frame_size"], args.amp, video.offsets))
+                           for video in shown]
+    if args.pictures:
+        for i, video in enumerate(shown):
+            save_pictures(args.pictures, video, classes, {name: masks[name][i] for name in masks})
+    return results
+
+
 def main():
     """Do what the command line says."""
     args = parse_args()
-    for path in (args.save, args.json):
+    for path in (args.save, args.json, args.overlay, args.pictures):
         if path:
             refuse_to_overwrite(path)
     if args.benchmark:
         return benchmark(args)
     if args.frames:
-        frames = list_frames(args.frames)
-        model, config = open_model(args)
-        masks = segment_video(model, frames, config["frame_size"], args.amp)
-        for frame in tqdm(frames, desc="segment", unit="frame", dynamic_ncols=True):
-            save_mask(next(masks), args.save / f"{frame.stem}.png")
-        print(f"{len(frames)} masks are in {args.save}")
-        return
+        return segment_frames(args)
     classes = read_classes(args.data)
     if args.predictions:
-        name, metrics = args.predictions.name, score(args.predictions, read_split(args.data, args.split), len(classes))
+        results = {args.predictions.name: score(args.predictions, read_split(args.data, args.split), len(classes))}
     else:
-        model, config = open_model(args)
-        if len(config["classes"]) != len(classes):
-            raise DataError(f"{args.checkpoint}: has {len(config['classes'])} classes, but {args.data} {len(classes)}")
-        name, videos = config["model"], read_split(args.data, args.split, getattr(model, "offsets", ()))
-        metrics = evaluate(model, videos, len(classes), config["frame_size"], args.save, args.amp)
-    result = metrics.compute()
-    print(table(name, result))
+        results = evaluate_checkpoints(args, classes)
+    metrics = {name: result.compute() for name, result in results.items()}
+    print(table(metrics))
     if args.per_class:
-        for class_name, iou in zip(classes, metrics.class_iou()):
-            print(f"{class_name:30} {percent(iou):>6}")
+        for i, class_name in enumerate(classes):
+            print(f"{class_name:30}" + "".join(f"{percent(result.class_iou()[i]):>8}" for result in results.values()))
     if args.json:
-        args.json.write_text(json.dumps(json_metrics(result), indent=2) + "\n")
+        values = {name: json_metrics(value) for name, value in metrics.items()}
+        args.json.write_text(json.dumps(values if len(values) > 1 else next(iter(values.values())), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -672,7 +672,7 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
         "model": model, "classes": CLASSES, "frame_size": [96, 64], "reference_stride": 32, "offsets": [3, 2, 1],
         "keep_ratio": None, "refine": True, "aggregate": True}
     with Image.open(out / "pictures" / "v.webp") as animation, Image.open(out / "pictures" / "v.png") as sheet:
-        assert animation.n_frames == 18 and animation.width == 3 * 100 and sheet.size == (8 * 100, 3 * 86)
+        assert animation.n_frames == 18 and animation.width == 3 * 204 and sheet.size == (8 * 204, 3 * 155)
 
     masks, result = tmp_path / "masks", tmp_path / "metrics.json"
     assert run(evaluation, monkeypatch, "--checkpoint", out / "last.pt", "--data", videos, "--save", masks, "--json", result, "--per-class") == 0

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import STRIDE, ClipDataset, DataError, Video, read_classes, read_split, write_synthetic
-from eval import (AMP, DEVICE, MODELS, ArgumentParser, autocast, build_model, command_line, device, evaluate,
+from eval import (AMP, DEVICE, MODELS, PICTURED, ArgumentParser, autocast, build_model, command_line, device, evaluate,
                   json_metrics, positive, refuse_to_overwrite, save_pictures, segment_video, table)
 from mrcfa import MRCFA, OFFSETS, mrcfa_loss, rename_official
 from segformer import load_pretrained, load_strictly, read_checkpoint, read_state_dict, segmentation_loss
@@ -43,7 +43,6 @@ RECIPES = {
     "cityscapes": ((1024, 512), (0.5, 2.0), (512, 1024), 16, False, 8, 160_000, 6e-5, 10.0, 1500),
 }
 SYNTHETIC = Path("data/synthetic")
-PICTURED = 3              # validation videos of which there are pictures in the end
 BETAS = (0.9, 0.999)      # of AdamW
 WARMUP_START = 1e-6       # the share of the learning rate that the warm-up begins with
 PLACE = ("out", "resume", "device")  # arguments that belong to where a run happens, and aren't resumed
@@ -142,7 +141,7 @@ class Run:
                 dist.broadcast(buffer, 0)
         metrics = evaluate(self.model, videos, len(self.config["classes"]), self.config["frame_size"]).compute()
         if self.rank == 0:
-            tqdm.write(f"iteration {self.iteration}\n{table(self.config['model'], metrics)}")
+            tqdm.write(f"iteration {self.iteration}\n{table({self.config['model']: metrics})}")
         self.log(**json_metrics(metrics))
         self.evaluated = self.iteration
         if metrics["mIoU"] > self.best:
