@@ -17,7 +17,8 @@ from typing import Callable, Iterator, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, DataError, Video, check_same_size, fit, list_frames, network_input, read_classes,
                   read_frame, read_index_map, read_labels, read_split)
-from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, load_official
+from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, load_official, product, reference_indices
 from segformer import (MIT_VARIANTS, SegFormer, bands, bilinear_matrix, load_pretrained, load_strictly,
                        read_checkpoint, read_state_dict)
 
@@ -301,6 +302,56 @@ def save_pictures(folder: Path, video: Video, classes: Sequence[str], masks: dic
     tile([*zip(*(moments[t] for t in shown))]).save(folder / f"{video.name}.png")
 
 
+def heat(values: Tensor) -> Image.Image:
+    """Numbers (h, w) as colours, from the lowest in blue to the highest in red; dark where there is none (NaN)."""
+    known = values[~values.isnan()]
+    share = (values - known.min()) / (known.max() - known.min()).clamp(min=1e-12)
+    colours = torch.stack([share, 1 - 2 * (share - 0.5).abs(), 1 - share], dim=-1)
+    colours[values.isnan()] = 0.2
+    return Image.fromarray((255 * colours).round().byte().numpy())
+
+
+@torch.no_grad()
+def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], place: tuple[int, int]) -> Image.Image:
+    """What one pixel (x, y) of the target, the last frame, finds in each of its references: a row for each of these.
+
+    Columns: the frame and the tokens that STM keeps; the pixel's affinities A^l to them; after SAR; after MAA; and the
+    weights B with which their values are read. Every map has a scale of its own, blue to red.
+    """
+    images = [read_frame(path) for path in frames]
+    encoded = [model.encode(network_input(image, frame_size)[None]) for image in images]
+    queries, aggregation = model.queries(encoded[-1][0]), model.aggregation
+    marked, (x, y), (width, height) = images[-1].copy(), place, images[-1].size
+    radius = height // 24
+    ImageDraw.Draw(marked).ellipse((x - radius, y - radius, x + radius, y + radius), outline="red", width=radius // 3 + 1)
+    rows = []
+    for path, image, (features, fused) in zip(frames, images, encoded[:-1]):
+        reference = model.reference(features, F.avg_pool2d(fused, 2))
+        kept, *keys, _ = model.keep(queries, reference)
+        grid = [4 * side // model.reference_stride for side in fused.shape[-2:]]
+
+        def at_pixel(affinities: Tensor) -> Image.Image:
+            """Images of tokens (1, m c, h, w): their values at the pixel, over the reference frame."""
+            h, w = affinities.shape[-2:]
+            values = affinities[0, :, y * h // height, x * w // width].view(kept.shape[1], -1).mean(1)
+            full = torch.full((grid[0] * grid[1],), math.nan).scatter(0, kept[0], values)
+            return Image.blend(image, heat(full.view(*grid)).resize(image.size, Image.Resampling.NEAREST), 0.6)
+
+        where = torch.zeros(grid[0] * grid[1], dtype=torch.uint8).scatter(0, kept[0], 255).view(*grid)
+        where = Image.fromarray(where.numpy()).resize(image.size, Image.Resampling.NEAREST)
+
+        refine = (aggregation.g2, aggregation.g3, aggregation.g4)
+        refined = [g.of_product(prepared, key) for g, prepared, key in zip(refine, queries[3:], keys)]
+        columns = {"target and its pixel": marked, f"reference {path.stem}": image,
+                   "STM: tokens kept": Image.composite(image, ImageEnhance.Brightness(image).enhance(0.25), where),
+                   **{f"A{l}, stride {2 ** (l + 1)}": at_pixel(product(queries[l - 2], keys[l - 2])) for l in (4, 3, 2)},
+                   **{f"SAR: G{l}(A{l})": at_pixel(refined[l - 2]) for l in (4, 3, 2)},
+                   "MAA: M2": at_pixel(aggregation(queries, *keys)),
+                   "B: what is read": at_pixel(model.attend(queries, reference)[0])}
+        rows.append([panel(picture, title) for title, picture in columns.items()])
+    return tile(rows)
+
+
 # --------------------------------------------------------------------------------------------------------------- models
 
 MRCFA_ARGUMENTS = ("reference_stride", "keep_ratio", "refine", "aggregate", "offsets")
@@ -505,6 +556,8 @@ def parse_args() -> argparse.Namespace:
     files("--frames", type=Path, help="a folder of frames without labels; their masks go to --save and --overlay")
     files("--save", type=Path, help="new folder for the predicted masks, palette PNGs")
     files("--overlay", type=Path, help="new folder for the masks of --frames over the frames, with a legend")
+    files("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
+          help="draw what one pixel of one of --data's frames, counted from 0, finds in its references, into --pictures")
     files("--pictures", type=Path, help=f"new folder for pictures of the first {PICTURED} videos, moving and as sheets")
     files("--json", type=Path, help="new file for the metrics")
     files("--per-class", action="store_true", help="print each class's IoU, too")
@@ -530,6 +583,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--predictions needs the labels: --data DIR")
     if args.frames and not (args.save or args.overlay):
         parser.error("--frames needs --save DIR for the masks, or --overlay DIR")
+    if args.explain and not (args.checkpoint and args.data and args.pictures):
+        parser.error("--explain needs --checkpoint FILE, --data DIR and --pictures DIR")
     if args.frames and len(args.checkpoint) > 1:
         parser.error("--frames takes one --checkpoint")
     return args
@@ -564,6 +619,27 @@ def segment_frames(args: argparse.Namespace):
     print(f"{len(frames)} frames are in {' and '.join(str(path) for path in (args.save, args.overlay) if path)}")
 
 
+def explain_pixel(args: argparse.Namespace):
+    """Draw what --explain asks for."""
+    model, config = open_model(args, args.checkpoint[0])
+    name, *numbers = args.explain
+    if not all(number.isdecimal() for number in numbers):
+        raise DataError(f"--explain {' '.join(args.explain)}: give VIDEO FRAME X Y, three whole numbers after the video")
+    t, x, y = map(int, numbers)
+    frames = list_frames(args.data / "data" / name / "origin")
+    references = reference_indices(t, model.offsets) if isinstance(model, MRCFA) else []
+    if not references or t >= len(frames):
+        raise DataError(f"--explain {name} {t}: give an MRCFA's --checkpoint and a frame from {len(model.offsets)} to "
+                        f"{len(frames) - 1}" if isinstance(model, MRCFA) else "--explain: SegFormer has no references")
+    width, height = read_frame(frames[t]).size
+    if x >= width or y >= height:
+        raise DataError(f"--explain {x} {y}: the frame is {width}x{height}")
+    args.pictures.mkdir(parents=True)
+    path = args.pictures / f"{name}_{t}_{x}_{y}.png"
+    explain(model, [frames[i] for i in (*references, t)], config["frame_size"], (x, y)).save(path)
+    print(f"{path} shows what frame {t} finds at ({x}, {y})")
+
+
 def evaluate_checkpoints(args: argparse.Namespace, classes: list[str]) -> dict[str, SegmentationMetrics]:
     """Evaluate one checkpoint or several on the same videos, and draw them side by side for --pictures."""
     results, masks = {}, {}
@@ -595,6 +671,8 @@ def main():
         return benchmark(args)
     if args.frames:
         return segment_frames(args)
+    if args.explain:
+        return explain_pixel(args)
     classes = read_classes(args.data)
     if args.predictions:
         results = {args.predictions.name: score(args.predictions, read_split(args.data, args.split), len(classes))}

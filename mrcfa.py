@@ -86,8 +86,10 @@ class Reference(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What target frames ask every reference: Q^4 as it is, for STM, and each scale as SAR prepares it."""
-    q4: Tensor                               # (B, C_4, h_4, w_4)
+    """What target frames ask every reference: Q^l (B, C_l, h_l, w_l), and the same as SAR prepares it."""
+    q2: Tensor
+    q3: Tensor
+    q4: Tensor
     prepared2: tuple[Tensor, Tensor]
     prepared3: tuple[Tensor, Tensor]
     prepared4: tuple[Tensor, Tensor]
@@ -266,7 +268,7 @@ class MRCFA(nn.Module):
             layers = zip((self.query2, self.query3, self.query4), full_precision(*features[1:]))
             q2, q3, q4 = (as_image(query(tokens(f)), f.shape[-2:]) for query, f in layers)       # (B, C_l, h_l, w_l)
             sar = self.aggregation
-            return Queries(q4, sar.g2.prepare(q2), sar.g3.prepare(q3), sar.g4.prepare(q4))
+            return Queries(q2, q3, q4, sar.g2.prepare(q2), sar.g3.prepare(q3), sar.g4.prepare(q4))
 
     def segment(self, features: Sequence[Tensor], own: Tensor, references: Sequence[Reference]) -> Tensor:
         """The target's logits (B, K, H/4, W/4) from its [F_1 ... F_4], its F at stride 8, and its T-1 references."""
@@ -281,16 +283,19 @@ class MRCFA(nn.Module):
 
     def attend(self, queries: Queries, reference: Reference) -> tuple[Tensor, Tensor]:
         """Where the target reads in one reference: weights B (B, m, h_2, w_2) of the kept values V (B, m, 256)."""
-        grid = queries.q4.shape[-2:]
         with torch.autocast(queries.q4.device.type, enabled=False):
-            key2, key3, key4, value = full_precision(*reference)
-            kept = self.selective_token_masking(product(queries.q4, key4))
-            # On a finer grid of tokens A^4 is resized along the reference's axis, where it is linear in the keys.
-            key4 = tokens(self.resize(as_image(key4, grid)))                                     # (B, N, C_4)
-            *keys, values = (x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))             # (B, m, C)
-                             for x in (key2, key3, key4, value))
-            m2 = self.aggregation(queries, *keys)
+            _, key2, key3, key4, values = self.keep(queries, reference)
+            m2 = self.aggregation(queries, key2, key3, key4)
             return as_image(tokens(m2).softmax(-1), m2.shape[-2:]), values
+
+    def keep(self, queries: Queries, reference: Reference) -> tuple[Tensor, ...]:
+        """The tokens of a reference that STM keeps: where they are (B, m), their K^2, K^3, K^4 and V (B, m, C)."""
+        key2, key3, key4, value = full_precision(*reference)
+        kept = self.selective_token_masking(product(queries.q4, key4))
+        # On a finer grid of tokens A^4 is resized along the reference's axis, where it is linear in the keys.
+        key4 = tokens(self.resize(as_image(key4, queries.q4.shape[-2:])))                        # (B, N, C_4)
+        every = (key2, key3, key4, value)
+        return kept, *(x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])) for x in every)
 
     def selective_token_masking(self, a4: Tensor) -> Tensor:
         """STM: which tokens of a reference are kept, (B, m), by A^4: an image (h_4, w_4) a token, (B, n_4, h_4, w_4).

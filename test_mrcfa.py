@@ -314,7 +314,7 @@ def test_without_sar_and_maa_the_finest_affinities_are_merged_as_they_are():
     q, k = torch.randn(2, 64, 6, 8), torch.randn(2, 5, 64)
     images = torch.einsum("bchw,bmc->bmhw", q, k)
     torch.testing.assert_close(sar.g2.of_product(sar.g2.prepare(q), k), images)
-    queries = Queries(None, sar.g2.prepare(q), None, None)
+    queries = Queries(q, None, None, sar.g2.prepare(q), None, None)
     torch.testing.assert_close(sar(queries, k, None, None), sar.g32(images))
 
 
@@ -941,12 +941,41 @@ def test_a_folder_of_frames_is_segmented(videos, tmp_path, monkeypatch, capsys):
     assert sorted(mask.stem for mask in masks.iterdir()) == sorted(frame.stem for frame in frames.iterdir())
     assert run(evaluation, monkeypatch, *args, "--frames", frames, "--save", masks) == 2
     assert "exists already" in capsys.readouterr().err
+    assert run(evaluation, monkeypatch, *args, "--frames", frames, "--overlay", tmp_path / "over") == 0
+    with Image.open(tmp_path / "over/00000.jpg") as image, Image.open(frames / "00000.jpg") as frame, Image.open(masks / "00000.png") as mask:
+        half = (np.array(frame).astype(float) + np.array(mask.convert("RGB"))) / 2
+        assert abs(np.array(image).astype(float) - half)[:, 80:].mean() < 12  # beside the legend
     Image.new("RGB", (64, 64)).save(frames / "99999.png")
     assert run(evaluation, monkeypatch, *args, "--frames", frames, "--save", tmp_path / "more") == 2
     assert "99999.png: 64x64, but other frames of this video are 96x64" in capsys.readouterr().err
     Image.new("RGB", (96, 64)).save(frames / "00000.png")
     assert run(evaluation, monkeypatch, *args, "--frames", frames, "--save", tmp_path / "others") == 2
     assert "same name" in capsys.readouterr().err
+
+
+def test_two_checkpoints_side_by_side_and_one_pixel_explained(videos, tmp_path, monkeypatch, capsys):
+    for variant in ("b0", "b1"):
+        torch.save({"model": MRCFA(variant, 3, 16).state_dict(), "config": {
+            "model": f"mrcfa_{variant}", "classes": CLASSES, "frame_size": [96, 64], "reference_stride": 16, "keep_ratio": None,
+            "refine": True, "aggregate": True, "offsets": [9, 6, 3]}}, tmp_path / f"{variant}.pt")
+    both, pictures, result = [tmp_path / "b0.pt", tmp_path / "b1.pt"], tmp_path / "pictures", tmp_path / "metrics.json"
+    args = ["--checkpoint", *both, "--data", videos, "--pictures", pictures, "--json", result, "--save", tmp_path / "masks"]
+    assert run(evaluation, monkeypatch, *args) == 0
+    metrics = json.loads(result.read_text())
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows[1:]] == list(metrics) == ["mrcfa_b0", "mrcfa_b1"]
+    assert f"{100 * metrics['mrcfa_b1']['mIoU']:.2f}" == rows[2][1]
+    assert (tmp_path / "masks/mrcfa_b1/v/00000.png").exists()
+    with Image.open(pictures / "v.webp") as animation:
+        assert animation.n_frames == 18 and animation.width == 4 * 204
+    for path in both:
+        out = tmp_path / f"explained {path.stem}"
+        assert run(evaluation, monkeypatch, "--checkpoint", path, "--data", videos, "--explain", "v", 12, 95, 0, "--pictures", out) == 0
+        with Image.open(out / "v_12_95_0.png") as picture:
+            assert picture.size == (11 * 204, 3 * 155)
+    for place, message in ((("v", 2, 0, 0), "a frame from 3 to 17"), (("v", 12, 96, 0), "96x64"), (("v", "x", 0, 0), "three whole numbers")):
+        assert run(evaluation, monkeypatch, "--checkpoint", both[0], "--data", videos, "--explain", *place, "--pictures", tmp_path / "no") == 2
+        assert message in capsys.readouterr().err
 
 
 def test_benchmark_prints_a_row_for_each_way(monkeypatch, capsys):
