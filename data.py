@@ -237,8 +237,8 @@ def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) ->
 class ClipDataset(torch.utils.data.Dataset):
     """Random training clips: item i -> (images (T, 3, h, w) float32, labels (T, h, w) int64, 255 = ignored).
 
-    Labels are (h, w) where the target, the last frame, is the only one that has them. There is no end to the items; len(videos) in a row are an epoch, one clip of each video. Item i depends on (seed, i)
-    alone. Raises DataError where no video is long enough for `offsets`; shorter ones are left out, in `too_short`.
+    Labels are (h, w) where the target, the last frame, is the only one that has them. There is no end to the items;
+    len(videos) in a row are an epoch, one clip of each video. Item i depends on (seed, i) alone. Raises DataError where no video is long enough for `offsets`; shorter ones are left out, in `too_short`.
     """
 
     def __init__(self, videos: list[Video], num_classes: int, offsets: Sequence[int], crop: tuple[int, int],
@@ -253,7 +253,7 @@ class ClipDataset(torch.utils.data.Dataset):
         self.frame_size, self.scale_range, self.seed = tuple(frame_size), tuple(scale_range), seed
 
     def targets(self, video: Video) -> tuple[list[int], list[int]]:
-        """Which frames can be targets, labelled and with all references, in a video and in the video played backwards."""
+        """Which frames can be targets, labelled and with all references, in a video and in it played backwards."""
         first = max(video.offsets or self.offsets)
         forwards, backwards = ([t for t, mask in enumerate(masks) if mask and t >= first]
                                for masks in (video.masks, video.masks[::-1]))

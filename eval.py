@@ -24,8 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, DataError, Video, check_same_size, fit, list_frames, network_input, read_classes,
-                  read_frame, read_index_map, read_labels, read_split)
+from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, DataError, Video, check_same_size, fit, list_frames,
+                  network_input, read_classes, read_frame, read_index_map, read_labels, read_split)
 from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, load_official, product, reference_indices
 from segformer import (MIT_VARIANTS, SegFormer, bands, bilinear_matrix, load_pretrained, load_strictly,
                        read_checkpoint, read_state_dict)
@@ -248,11 +248,11 @@ def save_mask(mask: np.ndarray, path: Path):
 def overlay(frame: Image.Image, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
     """A frame with its mask's colours over it, and the names of the classes that occur."""
     image = Image.blend(frame, coloured(mask), 0.5)
-    draw, height = ImageDraw.Draw(image), max(10, image.height // 30)
+    draw, height, colours = ImageDraw.Draw(image), max(10, image.height // 30), palette()
     font = ImageFont.load_default(height)
     for i, k in enumerate(np.unique(mask)):
-        top = 2 + i * (height + 6)
-        draw.rectangle((2, top, 2 + draw.textlength(classes[k], font) + 8, top + height + 6), tuple(palette()[3 * k:3 * k + 3]))
+        top, right = 2 + i * (height + 6), 10 + draw.textlength(classes[k], font)
+        draw.rectangle((2, top, right, top + height + 6), tuple(colours[3 * k:3 * k + 3]))
         draw.text((6, top), classes[k], "black", font)
     return image
 
@@ -322,8 +322,8 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], pla
     encoded = [model.encode(network_input(image, frame_size)[None]) for image in images]
     queries, aggregation = model.queries(encoded[-1][0]), model.aggregation
     marked, (x, y), (width, height) = images[-1].copy(), place, images[-1].size
-    radius = height // 24
-    ImageDraw.Draw(marked).ellipse((x - radius, y - radius, x + radius, y + radius), outline="red", width=radius // 3 + 1)
+    r = height // 24
+    ImageDraw.Draw(marked).ellipse((x - r, y - r, x + r, y + r), outline="red", width=r // 3 + 1)
     rows = []
     for path, image, (features, fused) in zip(frames, images, encoded[:-1]):
         reference = model.reference(features, F.avg_pool2d(fused, 2))
@@ -340,11 +340,12 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], pla
         where = torch.zeros(grid[0] * grid[1], dtype=torch.uint8).scatter(0, kept[0], 255).view(*grid)
         where = Image.fromarray(where.numpy()).resize(image.size, Image.Resampling.NEAREST)
 
-        refine = (aggregation.g2, aggregation.g3, aggregation.g4)
-        refined = [g.of_product(prepared, key) for g, prepared, key in zip(refine, queries[3:], keys)]
+        stacks = (aggregation.g2, aggregation.g3, aggregation.g4)
+        raw = [product(q, k) for q, k in zip(queries[:3], keys)]
+        refined = [g.of_product(prepared, k) for g, prepared, k in zip(stacks, queries[3:], keys)]
         columns = {"target and its pixel": marked, f"reference {path.stem}": image,
                    "STM: tokens kept": Image.composite(image, ImageEnhance.Brightness(image).enhance(0.25), where),
-                   **{f"A{l}, stride {2 ** (l + 1)}": at_pixel(product(queries[l - 2], keys[l - 2])) for l in (4, 3, 2)},
+                   **{f"A{l}, stride {2 ** (l + 1)}": at_pixel(raw[l - 2]) for l in (4, 3, 2)},
                    **{f"SAR: G{l}(A{l})": at_pixel(refined[l - 2]) for l in (4, 3, 2)},
                    "MAA: M2": at_pixel(aggregation(queries, *keys)),
                    "B: what is read": at_pixel(model.attend(queries, reference)[0])}
@@ -557,7 +558,7 @@ def parse_args() -> argparse.Namespace:
     files("--save", type=Path, help="new folder for the predicted masks, palette PNGs")
     files("--overlay", type=Path, help="new folder for the masks of --frames over the frames, with a legend")
     files("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
-          help="draw what one pixel of one of --data's frames, counted from 0, finds in its references, into --pictures")
+          help="draw what one pixel of a frame of --data, counted from 0, finds in its references, into --pictures")
     files("--pictures", type=Path, help=f"new folder for pictures of the first {PICTURED} videos, moving and as sheets")
     files("--json", type=Path, help="new file for the metrics")
     files("--per-class", action="store_true", help="print each class's IoU, too")
@@ -624,7 +625,7 @@ def explain_pixel(args: argparse.Namespace):
     model, config = open_model(args, args.checkpoint[0])
     name, *numbers = args.explain
     if not all(number.isdecimal() for number in numbers):
-        raise DataError(f"--explain {' '.join(args.explain)}: give VIDEO FRAME X Y, three whole numbers after the video")
+        raise DataError(f"--explain {' '.join(args.explain)}: after the video it takes three whole numbers")
     t, x, y = map(int, numbers)
     frames = list_frames(args.data / "data" / name / "origin")
     references = reference_indices(t, model.offsets) if isinstance(model, MRCFA) else []

@@ -291,7 +291,7 @@ def parse_args() -> argparse.Namespace:
           help="of reference tokens: 16 sees finer things at four times the affinities")
     model("--positive-kernels", action=argparse.BooleanOptionalAction,
           help="begin SAR's and MAA's convolutions with positive kernels, which learns faster; the paper's may invert")
-    model("--keep-ratio", type=float, metavar="P", help="share of tokens that STM keeps, by default the paper's; 1: all")
+    model("--keep-ratio", type=float, metavar="P", help="share of tokens that STM keeps, if not the paper's; 1: all")
     model("--no-refine", dest="refine", action="store_false", help="leave out SAR")
     model("--no-aggregate", dest="aggregate", action="store_false", help="leave out MAA: the finest scale alone")
 
