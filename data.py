@@ -238,7 +238,8 @@ class ClipDataset(torch.utils.data.Dataset):
     """Random training clips: item i -> (images (T, 3, h, w) float32, labels (T, h, w) int64, 255 = ignored).
 
     Labels are (h, w) where the target, the last frame, is the only one that has them. There is no end to the items;
-    len(videos) in a row are an epoch, one clip of each video. Item i depends on (seed, i) alone. Raises DataError where no video is long enough for `offsets`; shorter ones are left out, in `too_short`.
+    len(videos) in a row are an epoch, one clip of each video. Item i depends on (seed, i) alone. Raises DataError where
+    no video is long enough for `offsets`; shorter ones are left out, in `too_short`.
     """
 
     def __init__(self, videos: list[Video], num_classes: int, offsets: Sequence[int], crop: tuple[int, int],

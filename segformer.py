@@ -420,8 +420,8 @@ def load_pretrained(module: nn.Module, source):
     state = rename(read_state_dict(source))
     segformer = getattr(module, "segformer", module)  # an MRCFA has one inside
     if not any(key.startswith("encoder.stages.") for key in state):
-        raise ValueError(f"no MiT weights: expected keys like 'patch_embed1.proj.weight', "
-                         f"'layers.0.0.projection.weight' or 'encoder.patch_embeddings.0.proj.weight', found {', '.join(list(state)[:3])}")
+        raise ValueError("no MiT weights: expected keys like 'patch_embed1.proj.weight', 'layers.0.0.projection.weight' "
+                         f"or 'encoder.patch_embeddings.0.proj.weight', found {', '.join(list(state)[:3])}")
     if isinstance(segformer, MixVisionTransformer):
         load_strictly(segformer, {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
         return
