@@ -6,6 +6,7 @@ that are functions of a name and a seed (`tensor_for`, `clip_for`).
 import json
 import math
 import os
+import re
 import signal
 import sys
 import zlib
@@ -1074,3 +1075,18 @@ def test_labels_are_read_as_the_layout_says(tmp_path):
     assert np.array(read_labels(path, (5, 1), 3)).tolist() == [[255, 0, 1, 2, 255]]
     with pytest.raises(DataError, match="label 3, but there are 2 classes"):
         read_labels(path, (5, 1), 2)
+
+
+def test_readme_runs_as_printed(monkeypatch):
+    text = (Path(__file__).parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += [code.replace("\n", " ") for code in re.findall(r"`(python [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))]
+    commands = [match for line in lines for match in re.findall(r"\b(train|eval)\.py([^&]*)", line.split("#")[0]) if "--resume" not in line]
+    assert len(commands) > 10
+    for script, arguments in commands:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments.replace(" N", " 1").split()])
+        {"train": training, "eval": evaluation}[script].parse_args()  # exits where there is no such flag
