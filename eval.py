@@ -316,7 +316,7 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], pla
     """What one pixel (x, y) of the target, the last frame, finds in each of its references: a row for each of these.
 
     Columns: the frame and the tokens that STM keeps; the pixel's affinities A^l to them; after SAR; after MAA; and the
-    weights B with which their values are read. Every map has a scale of its own, blue to red.
+    weights B with which their values are read. Every map has a scale of its own, from blue, low, to red, high.
     """
     images = [read_frame(path) for path in frames]
     encoded = [model.encode(network_input(image, frame_size)[None]) for image in images]
@@ -344,7 +344,7 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], pla
         raw = [product(q, k) for q, k in zip(queries[:3], keys)]
         refined = [g.of_product(prepared, k) for g, prepared, k in zip(stacks, queries[3:], keys)]
         columns = {"target and its pixel": marked, f"reference {path.stem}": image,
-                   "STM: tokens kept": Image.composite(image, ImageEnhance.Brightness(image).enhance(0.25), where),
+                   "STM: dark is dropped": Image.composite(image, ImageEnhance.Brightness(image).enhance(0.25), where),
                    **{f"A{l}, stride {2 ** (l + 1)}": at_pixel(raw[l - 2]) for l in (4, 3, 2)},
                    **{f"SAR: G{l}(A{l})": at_pixel(refined[l - 2]) for l in (4, 3, 2)},
                    "MAA: M2": at_pixel(aggregation(queries, *keys)),
@@ -537,10 +537,10 @@ def command_line(main: Callable[[], None]):
         sys.exit(130)
 
 
-def refuse_to_overwrite(path: Path):
+def refuse_to_overwrite(path: Path, instead: str = "give another name"):
     """DataError where a file, or a folder with something in it, is already there; a half-written file is nothing."""
     if path.is_file() or path.is_dir() and any(inside.suffix != ".tmp" for inside in path.iterdir()):
-        raise DataError(f"{path}: exists already; give another name, or remove it")
+        raise DataError(f"{path}: exists already, and nothing is overwritten; {instead}")
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,12 +4,12 @@ Sun, Liu, Tang, Chhatkuli, Zhang, Van Gool, ECCV 2022, arXiv 2207.10436. The tar
 reference frames answer (keys K, values V). From the target's point of view, in the order of this file:
 
     cross-frame affinities                 A^l = Q^l (K^l)^T at scales l = 2, 3, 4 (strides 8, 16, 32)
-    STM, selective token masking           keep the reference tokens that matter; all scales have the same grid of
+    STM, selective token masking           keep the reference tokens that matter; all scales come to one grid of
                                            tokens, and MAA adds up a token's images, so it must be the same ones
     SAR, single-scale affinity refinement  2-D convolutions over each token's image: its affinities to all positions
                                            of the *target*
     MAA, multi-scale affinity aggregation  coarse to fine: M^3 = G^43(up(G^4(A^4)) + G^3(A^3)), then M^2 with A^2
-    reconstruction                         O = mean_i softmax(M^2)_i V_i + the target's own features
+    reconstruction                         O = mean_i softmax(M^2)_i V_i + the target's own F at stride 8
 
     model = MRCFA("b1", num_classes=124)
     load_official(model, "mrcfa_b1.pth")
@@ -19,8 +19,9 @@ reference frames answer (keys K, values V). From the target's point of view, in 
     for frame in video:                               # (3, H, W)
         logits = stream(frame)                        # (124, H/4, W/4)
 
-Letters and shapes: B clips of T frames, K classes, n_l = h_l w_l positions of F_l, N reference tokens a frame on a grid
-of stride r, m of them kept.
+Letters and shapes: B clips of T frames, K classes; the encoder's maps F_1 ... F_4, n_l = h_l w_l positions each, and
+SegFormer's fused map F at stride 4 (`fused`; at stride 8, `own`); N reference tokens a frame on a grid of stride r, m of
+them kept.
 """
 import re
 from collections import deque
@@ -81,7 +82,7 @@ class Reference(NamedTuple):
     """All that a reference frame contributes, computed from that frame alone."""
     key2: Tensor     # K^2 (B, N, C_2)
     key3: Tensor     # K^3 (B, N, C_3)
-    key4: Tensor     # K^4 (B, n_4, C_4), still on the grid of stride 32
+    key4: Tensor     # K^4 (B, n_4, C_4), on the grid of stride 32: for r = 16, `keep` resizes it
     value: Tensor    # V   (B, N, 256)
 
 
@@ -137,7 +138,8 @@ class AffinityRefinement(nn.Module):
         """self(Q K^T) for keys K (B, m, C): (B, m c_out, h, w).
 
         Convolutions act on positions and Q K^T on channels, so they commute: convolve the C images of Q, not the m of
-        A. And the image of key k has the mean mean(Q) k and the variance k^T cov(Q) k: GroupNorm is a scale of keys.
+        A; the bias goes with the mean, which GroupNorm (of the one channel out) takes away. And the image of key k has
+        the variance k^T cov(Q) k: GroupNorm is a scale of keys.
         """
         if not self.convs:
             return product(prepared[0], keys)
@@ -292,7 +294,7 @@ class MRCFA(nn.Module):
         """The tokens of a reference that STM keeps: where they are (B, m), their K^2, K^3, K^4 and V (B, m, C)."""
         key2, key3, key4, value = full_precision(*reference)
         kept = self.selective_token_masking(product(queries.q4, key4))
-        # On a finer grid of tokens A^4 is resized along the reference's axis, where it is linear in the keys.
+        # For r = 16 the paper resizes A^4 over the reference's tokens; as A^4 = Q^4 (K^4)^T, that is to resize K^4.
         key4 = tokens(self.resize(as_image(key4, queries.q4.shape[-2:])))                        # (B, N, C_4)
         every = (key2, key3, key4, value)
         return kept, *(x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])) for x in every)
@@ -324,7 +326,7 @@ def upsample(logits: Tensor) -> Tensor:
 
 
 class Stream:
-    """One video, frame by frame: each is encoded once, its keys and values are kept while they can be needed.
+    """One video, frame by frame: each is encoded once, its keys and values alone are kept while they can be needed.
 
     Call with the next frame (3, H, W) -> its logits (K, H/4, W/4), the same as from the clip of that frame and its
     references (`reference_indices`). Memory is constant: what max(offsets) frames contribute. A new video needs a new

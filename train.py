@@ -376,7 +376,7 @@ def train(args: argparse.Namespace):
     """Train and evaluate in this process, alone or as one of several."""
     checkpoint = read_run(args.out) if args.resume else None
     if not args.resume:
-        refuse_to_overwrite(args.out)
+        refuse_to_overwrite(args.out, f"go on with that run (--resume --out {args.out}) or name another folder (--out)")
     if args.dataset == "synthetic" and not args.data.exists() and not int(os.environ.get("LOCAL_RANK", 0)):
         write_synthetic(args.data)
     if dist.is_initialized():
@@ -407,6 +407,8 @@ def train(args: argparse.Namespace):
               f"{max(args.dilation)} and left out", file=sys.stderr)
     if checkpoint:
         run.resume(checkpoint)
+        if run.rank == 0:
+            print(f"going on at iteration {run.iteration} of {args.iters}", file=sys.stderr)
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         run.save("last.pt")  # from here on there is something to resume
