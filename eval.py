@@ -245,15 +245,20 @@ def save_mask(mask: np.ndarray, path: Path):
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 
-def overlay(frame: Image.Image, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
-    """A frame with its mask's colours over it, and the names of the classes that occur."""
-    image = Image.blend(frame, coloured(mask), 0.5)
+def draw_legend(image: Image.Image, present: Sequence[int], classes: Sequence[str]):
+    """Write the names of some classes, on their colours, down the left side of an image."""
     draw, height, colours = ImageDraw.Draw(image), max(10, image.height // 30), palette()
     font = ImageFont.load_default(height)
-    for i, k in enumerate(np.unique(mask)):
+    for i, k in enumerate(present):
         top, right = 2 + i * (height + 6), 10 + draw.textlength(classes[k], font)
         draw.rectangle((2, top, right, top + height + 6), tuple(colours[3 * k:3 * k + 3]))
         draw.text((6, top), classes[k], "black", font)
+
+
+def overlay(frame: Image.Image, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
+    """A frame with its mask's colours over it, and the names of the classes that occur."""
+    image = Image.blend(frame, coloured(mask), 0.5)
+    draw_legend(image, np.unique(mask).tolist(), classes)
     return image
 
 
@@ -280,7 +285,7 @@ def save_pictures(folder: Path, video: Video, classes: Sequence[str], masks: dic
 
     Pixels whose prediction is wrong are hatched.
     """
-    moments = []
+    moments, present = [], set(np.unique(np.stack([mask for each in masks.values() for mask in each])).tolist())
     for t, (path, mask) in enumerate(zip(video.frames, video.masks)):
         if mask is None:
             continue
@@ -295,11 +300,15 @@ def save_pictures(folder: Path, video: Video, classes: Sequence[str], masks: dic
             picture.paste("white", mask=Image.fromarray(wrong))
             row.append(panel(picture, f"{name}, errors hatched"))
         moments.append(row)
+        present |= set(np.unique(labels).tolist()) - {IGNORE}
+    key, blank = (Image.new("RGB", fit(frame.size, PANEL, PANEL), "white") for _ in range(2))
+    draw_legend(key, sorted(present), classes)
+    keys = [panel(key, "classes"), *[panel(blank, "")] * (len(row) - 1)]
     folder.mkdir(parents=True, exist_ok=True)
-    first, *others = [tile([row]) for row in moments]
+    first, *others = [tile([[*row, keys[0]]]) for row in moments]
     first.save(folder / f"{video.name}.webp", save_all=True, append_images=others, duration=150, loop=0)
     shown = np.linspace(0, len(moments) - 1, min(SHEET_COLUMNS, len(moments))).round().astype(int)
-    tile([*zip(*(moments[t] for t in shown))]).save(folder / f"{video.name}.png")
+    tile([*zip(*(moments[t] for t in shown), keys)]).save(folder / f"{video.name}.png")
 
 
 def heat(values: Tensor) -> Image.Image:

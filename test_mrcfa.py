@@ -673,7 +673,7 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
         "model": model, "classes": CLASSES, "frame_size": [96, 64], "reference_stride": 32, "offsets": [3, 2, 1],
         "keep_ratio": None, "refine": True, "aggregate": True}
     with Image.open(out / "pictures" / "v.webp") as animation, Image.open(out / "pictures" / "v.png") as sheet:
-        assert animation.n_frames == 18 and animation.width == 3 * 204 and sheet.size == (8 * 204, 3 * 155)
+        assert animation.n_frames == 18 and animation.width == 4 * 204 and sheet.size == (9 * 204, 3 * 155)
 
     masks, result = tmp_path / "masks", tmp_path / "metrics.json"
     assert run(evaluation, monkeypatch, "--checkpoint", out / "last.pt", "--data", videos, "--save", masks, "--json", result, "--per-class") == 0
@@ -968,7 +968,7 @@ def test_two_checkpoints_side_by_side_and_one_pixel_explained(videos, tmp_path, 
     assert f"{100 * metrics['mrcfa_b1']['mIoU']:.2f}" == rows[2][1]
     assert (tmp_path / "masks/mrcfa_b1/v/00000.png").exists()
     with Image.open(pictures / "v.webp") as animation:
-        assert animation.n_frames == 18 and animation.width == 4 * 204
+        assert animation.n_frames == 18 and animation.width == 5 * 204
     for path in both:
         out = tmp_path / f"explained {path.stem}"
         assert run(evaluation, monkeypatch, "--checkpoint", path, "--data", videos, "--explain", "v", 12, 95, 0, "--pictures", out) == 0
