@@ -66,8 +66,8 @@ class DataError(ValueError):
 class Video:
     """One video: its frames in order and, one for each, their label maps, None where there is none."""
     name: str
-    frames: list[Path]
-    masks: list[Path | None]
+    frames: Sequence[Path]
+    masks: Sequence[Path | None]
     offsets: tuple[int, ...] = ()  # where the references are in `frames`, if that isn't up to the model
 
     def up_to_label(self) -> "Video":
@@ -199,7 +199,8 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int) -> Image.Im
     """A label map of the given (width, height) with the classes as 0 ... K-1 and everything ignored as 255."""
     image = read_index_map(path, size)
     image = Image.frombuffer("L", image.size, image.tobytes())  # a palette's indices are the labels themselves
-    values, highest = range(1, num_classes + 1), num_classes
+    values: Sequence[int] = range(1, num_classes + 1)
+    highest = num_classes
     if path.name.endswith("_gtFine_labelIds.png"):
         values, highest = CITYSCAPES_IDS, max(CITYSCAPES_IDS)
     elif path.name.endswith("_gtFine_labelTrainIds.png"):
@@ -251,7 +252,7 @@ class ClipDataset(torch.utils.data.Dataset):
             raise DataError(f"none of the {len(videos)} training videos is longer than the largest offset, "
                             f"{max(offsets)} frames; give smaller offsets (--dilation)")
         self.num_classes, self.crop = num_classes, tuple(crop)
-        self.frame_size, self.scale_range, self.seed = tuple(frame_size), tuple(scale_range), seed
+        self.frame_size, self.scale_range, self.seed = tuple(frame_size), scale_range, seed
 
     def targets(self, video: Video) -> tuple[list[int], list[int]]:
         """Which frames can be targets, labelled and with all references, in a video and in it played backwards."""
@@ -286,7 +287,8 @@ class ClipDataset(torch.utils.data.Dataset):
     def augment(self, frames: list[Image.Image], labels: list[Image.Image],
                 rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Scale, crop and flip all frames alike, distort the colours of each; normalise and pad to the crop's size."""
-        factor = rng.uniform(*self.scale_range)
+        low, high = self.scale_range
+        factor = rng.uniform(low, high)
         size = fit(frames[0].size, self.frame_size[0] * factor, self.frame_size[1] * factor)
         crop, box = self.choose_crop(labels[-1], size, rng)
         flip = rng.random() < 0.5
