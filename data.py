@@ -139,6 +139,7 @@ def read_cityscapes(root: Path, split: str, offsets: Sequence[int]) -> list[Vide
         folder = root / "leftImg8bit_sequence" / split / label.parent.name
 
         def side(sign: int) -> list[Path]:
+            """The references before (-1) or after (1) the label, none unless all are there."""
             paths = [folder / f"{sequence}_{int(number) + sign * offset:06d}_leftImg8bit.png" for offset in offsets]
             return paths if all(path.exists() for path in paths) else []
 
@@ -296,6 +297,7 @@ class ClipDataset(torch.utils.data.Dataset):
         targets = torch.full((len(labels), *self.crop), IGNORE)
 
         def cut(image: Image.Image, how: Image.Resampling) -> Image.Image:
+            """The crop of an image, scaled and flipped."""
             image = image.resize(crop, how, box)  # nothing outside the crop is ever scaled
             return ImageOps.mirror(image) if flip else image
 
@@ -322,9 +324,11 @@ class ClipDataset(torch.utils.data.Dataset):
 def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast, saturation and hue, each changed with p = 0.5, contrast before the other two or after."""
     def coin() -> bool:
+        """True half the time."""
         return rng.random() < 0.5
 
     def curve(values: np.ndarray) -> list[int]:
+        """256 values as a look-up table."""
         return values.clip(0, 255).round().astype(int).tolist()
 
     levels = np.arange(256.0)

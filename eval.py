@@ -293,7 +293,7 @@ def save_pictures(folder: Path, video: Video, classes: Sequence[str], masks: dic
         labels = np.array(read_labels(mask, frame.size, len(classes)))
         row = [panel(frame, f"{video.name}, frame {t}"), panel(coloured(labels), "label")]
         y, x = np.indices(labels.shape)
-        hatch = (x + y) % (labels.shape[0] // 16) < labels.shape[0] // 64
+        hatch = (x + y) % max(2, len(labels) // 16) < max(1, len(labels) // 64)
         for name, predicted in masks.items():
             picture = coloured(predicted[t])
             wrong = (predicted[t] != labels) & (labels != IGNORE) & hatch
@@ -327,8 +327,8 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], pla
     Columns: the frame and the tokens that STM keeps; the pixel's affinities A^l to them; after SAR; after MAA; and the
     weights B with which their values are read. Every map has a scale of its own, from blue, low, to red, high.
     """
-    images = [read_frame(path) for path in frames]
-    encoded = [model.encode(network_input(image, frame_size)[None]) for image in images]
+    images, device = [read_frame(path) for path in frames], next(model.parameters()).device
+    encoded = [model.encode(network_input(image, frame_size)[None].to(device)) for image in images]
     queries, aggregation = model.queries(encoded[-1][0]), model.aggregation
     marked, (x, y), (width, height) = images[-1].copy(), place, images[-1].size
     r = height // 24
@@ -343,10 +343,10 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], pla
             """Images of tokens (1, m c, h, w): their values at the pixel, over the reference frame."""
             h, w = affinities.shape[-2:]
             values = affinities[0, :, y * h // height, x * w // width].view(kept.shape[1], -1).mean(1)
-            full = torch.full((grid[0] * grid[1],), math.nan).scatter(0, kept[0], values)
+            full = torch.full((grid[0] * grid[1],), math.nan).scatter(0, kept[0].cpu(), values.cpu())
             return Image.blend(image, heat(full.view(*grid)).resize(image.size, Image.Resampling.NEAREST), 0.6)
 
-        where = torch.zeros(grid[0] * grid[1], dtype=torch.uint8).scatter(0, kept[0], 255).view(*grid)
+        where = torch.zeros(grid[0] * grid[1], dtype=torch.uint8).scatter(0, kept[0].cpu(), 255).view(*grid)
         where = Image.fromarray(where.numpy()).resize(image.size, Image.Resampling.NEAREST)
 
         stacks = (aggregation.g2, aggregation.g3, aggregation.g4)
@@ -448,6 +448,7 @@ def measure(methods: dict[str, Callable[[], Tensor]], size: tuple[int, int],
             device: torch.device) -> dict[str, tuple[float, float, float]]:
     """Seconds a frame of each method, and with its mask decoded, medians of several rounds in turn; its peak MB."""
     def seconds(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
+        """How long some work takes, and its result."""
         start = time.perf_counter()
         result = work()
         if device.type == "cuda":
@@ -515,6 +516,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message: str):
+        """End the script with the message."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 

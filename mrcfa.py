@@ -178,6 +178,7 @@ class AffinityAggregation(nn.Module):
 
     def forward(self, queries: Queries, key2: Tensor, key3: Tensor, key4: Tensor) -> Tensor:     # (B, m, C_l)
         def add_up(coarse: Tensor, fine: Tensor) -> Tensor:
+            """up(coarse) + fine."""
             return F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=True).add_(fine)
 
         m2 = self.g2.of_product(queries.prepared2, key2)                                         # (B, m, h_2, w_2)

@@ -272,6 +272,7 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
+        """The gradient is there already, but for the factor from above."""
         return ctx.saved_tensors[0] * grad_output, None, None
 
 
@@ -316,7 +317,7 @@ RENAMES = (
     (r"^linear_fuse(?:\.conv)?", "head.fuse"),
     (r"^(?:linear_pred|classifier)", "classifier.1"),
 )
-# The ImageNet classifiers of the two namings, and a layer that mmsegmentation creates and never uses.
+# The ImageNet classifiers, and a layer that mmsegmentation creates and never uses.
 DEAD_KEYS = re.compile(r"(head|classifier|decode_head\.conv_seg)\.(weight|bias)")
 
 
@@ -429,6 +430,7 @@ def load_pretrained(module: nn.Module, source):
     absent = [part for part in ("head.", "classifier.") if not any(key.startswith(part) for key in state)]
 
     def skip(part: str, why: str):
+        """Leave a part of the source out, with a warning."""
         warnings.warn(f"{part} skipped: {why}; it keeps its initialisation")
         absent.append(part + ".")
         for key in [key for key in state if key.startswith(part + ".")]:

@@ -1029,6 +1029,7 @@ def test_bad_data_is_one_line_that_names_it(how, message, videos, tmp_path, monk
     (training, ["--data", "{videos}", "--dilation", "30"], "none of the 3 training videos"),
     (training, ["--data", "{videos}", "--crop", "60", "64"], "multiples of 32"),
     (training, ["--model", "mrcfa_b7"], "mrcfa_b7"),
+    (training, ["--keep-ratio", "1.5"], "--keep-ratio 1.5"),
     (training, ["--device", "quantum"], "quantum"),
     (training, ["--resume", "--out", "{videos}/none"], "can't resume"),
     (training, ["--data", "{videos}", "--pretrained", "none.pth", *map(str, SMALL)], "none.pth"),

@@ -109,6 +109,7 @@ class Run:
         self.iteration, self.evaluated, self.best = (checkpoint[key] for key in ("iteration", "evaluated", "best"))
 
         def known(line: str) -> bool:
+            """Whether a line of the log is of what the checkpoint holds."""
             entry = json.loads(line)
             return entry["iteration"] <= (self.evaluated if "mIoU" in entry else self.iteration)
 
@@ -309,6 +310,8 @@ def parse_args() -> argparse.Namespace:
     args.data = args.data or SYNTHETIC
     if args.crop[0] % STRIDE or args.crop[1] % STRIDE:
         parser.error(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}")
+    if args.keep_ratio is not None and not 0 < args.keep_ratio <= 1:
+        parser.error(f"--keep-ratio {args.keep_ratio}: must lie above 0 and be at most 1")
     if not 0 < args.scale_range[0] <= args.scale_range[1]:
         parser.error(f"--scale-range {args.scale_range[0]} {args.scale_range[1]}: must rise, from above 0")
     return args
@@ -342,6 +345,7 @@ def process_group(args: argparse.Namespace):
 def signals_noted(run: Run):
     """Leave it to the training to end after SIGTERM or Ctrl-C, when its step is done."""
     def note(number: int, _):
+        """Remember the signal."""
         run.signal = number
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
