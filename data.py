@@ -17,7 +17,7 @@ import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -72,10 +72,9 @@ class Video:
 
     def up_to_label(self) -> "Video":
         """The part that ends with the last labelled frame; played backwards if nothing comes before that."""
-        last = max(t for t, mask in enumerate(self.masks) if mask)
-        if last:
-            return replace(self, frames=self.frames[:last + 1], masks=self.masks[:last + 1])
-        return replace(self, frames=self.frames[::-1], masks=self.masks[::-1])
+        last = max((t for t, mask in enumerate(self.masks) if mask), default=len(self.masks) - 1)
+        part = slice(last + 1) if last else slice(None, None, -1)
+        return replace(self, frames=self.frames[part], masks=self.masks[part])
 
 
 def read_lines(path: Path) -> list[str]:
@@ -175,15 +174,16 @@ def read_image(path: Path) -> Image.Image:
         raise DataError(f"{path}: not a readable image ({error}); replace it") from None
 
 
-def read_frame(path: Path) -> Image.Image:
-    """A frame as RGB."""
-    return read_image(path).convert("RGB")
-
-
-def check_same_size(path: Path, size: tuple[int, int], first: tuple[int, int]):
-    """DataError where a frame's (width, height) isn't that of its video's first frame."""
-    if size != first:
-        raise DataError(f"{path}: {size[0]}x{size[1]}, but other frames of this video are {first[0]}x{first[1]}")
+def read_frames(paths: Iterable[Path]) -> Iterator[Image.Image]:
+    """The frames of one video as RGB; DataError where one can't be read or isn't of the first one's size."""
+    size = None
+    for path in paths:
+        image = read_image(path).convert("RGB")
+        size = size or image.size
+        if image.size != size:
+            raise DataError(f"{path}: {image.width}x{image.height}, but other frames of this video are "
+                            f"{size[0]}x{size[1]}")
+        yield image
 
 
 def read_index_map(path: Path, size: tuple[int, int]) -> Image.Image:
@@ -201,13 +201,11 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int) -> Image.Im
     image = read_index_map(path, size)
     image = Image.frombuffer("L", image.size, image.tobytes())  # a palette's indices are the labels themselves
     values: Sequence[int] = range(1, num_classes + 1)
-    highest = num_classes
     if path.name.endswith("_gtFine_labelIds.png"):
-        values, highest = CITYSCAPES_IDS, max(CITYSCAPES_IDS)
+        values = CITYSCAPES_IDS
     elif path.name.endswith("_gtFine_labelTrainIds.png"):
-        values, highest = range(num_classes), num_classes - 1
-    found = [value for value, count in enumerate(image.histogram()) if count]
-    wrong = [value for value in found if highest < value < IGNORE]
+        values = range(num_classes)
+    wrong = [value for value, count in enumerate(image.histogram()) if count and max(values) < value < IGNORE]
     if wrong:
         raise DataError(f"{path}: label {wrong[0]}, but there are {num_classes} classes "
                         f"({values[0]} ... {values[-1]}; 0 and 255 are ignored)")
@@ -278,9 +276,7 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         paths, masks, rng = self.choose(index)
-        frames = [read_frame(path) for path in paths]
-        for path, frame in zip(paths, frames):
-            check_same_size(path, frame.size, frames[0].size)
+        frames = list(read_frames(paths))
         labels = [read_labels(mask, frames[0].size, self.num_classes) for mask in masks if mask]
         images, targets = self.augment(frames, labels, rng)
         return images, targets if len(labels) == len(frames) else targets[-1]

@@ -13,8 +13,8 @@ Inside the encoder a feature map is (B, h, w, C): LayerNorm and Linear act on th
 import math
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,30 +23,21 @@ from torch import Tensor, nn
 EMBED_DIM = 256  # width of the head for b0 and b1, and for every MRCFA
 DROPOUT = 0.1    # of whole channels, before every classifier
 
-
-# ---------------------------------------------------------------------------------------------------------- encoder
-
-@dataclass(frozen=True)
-class MixTransformerConfig:
-    """One row of SegFormer's table of encoders; heads, reduction ratios and the MLP ratio are the same in all rows."""
-    channels: tuple[int, ...]
-    depths: tuple[int, ...]
-    heads: tuple[int, ...] = (1, 2, 5, 8)
-    reductions: tuple[int, ...] = (8, 4, 2, 1)
-    mlp_ratio: int = 4
-
-
+# The encoders' channels C_1 ... C_4 and numbers of blocks; the rest is the same for all.
 MIT_VARIANTS = {
-    "b0": MixTransformerConfig((32, 64, 160, 256), (2, 2, 2, 2)),
-    "b1": MixTransformerConfig((64, 128, 320, 512), (2, 2, 2, 2)),
-    "b2": MixTransformerConfig((64, 128, 320, 512), (3, 4, 6, 3)),
-    "b3": MixTransformerConfig((64, 128, 320, 512), (3, 4, 18, 3)),
-    "b4": MixTransformerConfig((64, 128, 320, 512), (3, 8, 27, 3)),
-    "b5": MixTransformerConfig((64, 128, 320, 512), (3, 6, 40, 3)),
+    "b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
+    "b1": ((64, 128, 320, 512), (2, 2, 2, 2)),
+    "b2": ((64, 128, 320, 512), (3, 4, 6, 3)),
+    "b3": ((64, 128, 320, 512), (3, 4, 18, 3)),
+    "b4": ((64, 128, 320, 512), (3, 8, 27, 3)),
+    "b5": ((64, 128, 320, 512), (3, 6, 40, 3)),
 }
+HEADS = (1, 2, 5, 8)
+REDUCTIONS = (8, 4, 2, 1)
+MLP_RATIO = 4
 
 
-def conv_last(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def conv_last(conv: nn.Module, x: Tensor) -> Tensor:
     """Apply a convolution to a map whose channels come last: (B, h, w, C) -> (B, h', w', C')."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
@@ -60,10 +51,8 @@ class EfficientAttention(nn.Module):
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(channels, 2 * channels)
         self.proj = nn.Linear(channels, channels)
-        self.reduce = self.norm = nn.Identity()
-        if reduction > 1:
-            self.reduce = nn.Conv2d(channels, channels, reduction, reduction)
-            self.norm = nn.LayerNorm(channels)
+        self.reduce = nn.Conv2d(channels, channels, reduction, reduction) if reduction > 1 else nn.Identity()
+        self.norm = nn.LayerNorm(channels) if reduction > 1 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:                                                      # (B, h, w, C)
         reduced = self.norm(conv_last(self.reduce, x))                                           # (B, h/r, w/r, C)
@@ -76,8 +65,9 @@ class EfficientAttention(nn.Module):
 class MixFFN(nn.Module):
     """MLP with a depthwise 3x3 convolution inside, which stands in for a positional encoding."""
 
-    def __init__(self, channels: int, hidden: int):
+    def __init__(self, channels: int):
         super().__init__()
+        hidden = MLP_RATIO * channels
         self.fc1 = nn.Linear(channels, hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = nn.Linear(hidden, channels)
@@ -102,12 +92,12 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Transformer block: attention and Mix-FFN, both pre-norm and residual."""
 
-    def __init__(self, channels: int, heads: int, reduction: int, mlp_ratio: int, drop_path: float):
+    def __init__(self, channels: int, heads: int, reduction: int, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, eps=1e-6)
         self.attn = EfficientAttention(channels, heads, reduction)
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
-        self.mlp = MixFFN(channels, mlp_ratio * channels)
+        self.mlp = MixFFN(channels)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:                                                      # (B, h, w, C)
@@ -136,28 +126,26 @@ class MixVisionTransformer(nn.Module):
     Raises ValueError where H or W is no multiple of 32.
     """
 
-    def __init__(self, config: MixTransformerConfig, drop_path: float = 0.1):
+    def __init__(self, channels: tuple[int, ...], depths: tuple[int, ...], drop_path: float = 0.1):
         super().__init__()
-        self.channels = config.channels
-        blocks_in_all = sum(config.depths)
-        rates = iter(drop_path * i / (blocks_in_all - 1) for i in range(blocks_in_all))
+        self.channels = channels
+        rates = (drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList()
-        for i, channels in enumerate(config.channels):
-            blocks = [Block(channels, config.heads[i], config.reductions[i], config.mlp_ratio, next(rates))
-                      for _ in range(config.depths[i])]
-            kernel, stride, in_channels = (7, 4, 3) if i == 0 else (3, 2, config.channels[i - 1])
-            self.stages.append(Stage(in_channels, channels, kernel, stride, blocks))
+        for i, (c, depth) in enumerate(zip(channels, depths)):
+            blocks = [Block(c, HEADS[i], REDUCTIONS[i], next(rates)) for _ in range(depth)]
+            kernel, stride, in_channels = (3, 2, channels[i - 1]) if i else (7, 4, 3)
+            self.stages.append(Stage(in_channels, c, kernel, stride, blocks))
         self.apply(self._init)
 
     @staticmethod
-    def _init(module: nn.Module):
+    def _init(module: Any):
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
             nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-            nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         height, width = images.shape[-2:]
@@ -173,34 +161,31 @@ def mit(variant: str, drop_path: float = 0.1) -> MixVisionTransformer:
     """The MiT encoder "b0" ... "b5"; `drop_path` is the last block's rate, rising linearly from 0 in the first."""
     if variant not in MIT_VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(MIT_VARIANTS)}")
-    return MixVisionTransformer(MIT_VARIANTS[variant], drop_path)
+    return MixVisionTransformer(*MIT_VARIANTS[variant], drop_path)
 
-
-# ------------------------------------------------------------------------------------------------------------- head
 
 class SegFormerHead(nn.Module):
     """All-MLP head up to, and without, its classifier: [F_1 ... F_4] -> F, (B, embed_dim, H/4, W/4)."""
 
     def __init__(self, channels: tuple[int, ...], embed_dim: int = EMBED_DIM):
         super().__init__()
-        self.linears = nn.ModuleList(nn.Linear(c, embed_dim) for c in channels)
+        self.linears: Any = nn.ModuleList(nn.Linear(c, embed_dim) for c in channels)
         self.fuse = nn.Conv2d(4 * embed_dim, embed_dim, 1, bias=False)  # of the projected F_4, F_3, F_2, F_1
-        self.norm = nn.BatchNorm2d(embed_dim)
+        self.norm: Any = nn.BatchNorm2d(embed_dim)
         nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: list[Tensor]) -> Tensor:
         # The 1x1 convolution of the concatenation is a sum over stages, and it commutes with bilinear upsampling:
         # project each F_l by the one matrix W_fuse,l W_l at its own stride, then upsample and sum.
-        fuse, shift = self.fuse.weight.flatten(1), 0
+        fuse, shift = self.fuse.weight.flatten(1), torch.zeros_like(self.norm.bias)
         if not self.norm.training:  # with fixed statistics BatchNorm is a scale of W_fuse and a shift
             scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
             fuse, shift = scale[:, None] * fuse, self.norm.bias - scale * self.norm.running_mean
-        for feature, linear, weight in zip(features, self.linears, reversed(fuse.chunk(4, dim=1))):
-            x = F.conv2d(feature, (weight @ linear.weight)[..., None, None], weight @ linear.bias + shift)
-            if feature is features[0]:
-                out, shift = x, 0
-            else:
-                out += F.interpolate(x, out.shape[-2:], mode="bilinear")
+        weights, shifts = reversed(fuse.chunk(4, dim=1)), (shift, 0, 0, 0)
+        out, *coarser = [F.conv2d(feature, (weight @ linear.weight)[..., None, None], weight @ linear.bias + shift)
+                         for feature, linear, weight, shift in zip(features, self.linears, weights, shifts)]
+        for x in coarser:
+            out += F.interpolate(x, out.shape[-2:], mode="bilinear")
         return F.relu_(self.norm(out) if self.norm.training else out)
 
 
@@ -224,8 +209,6 @@ class SegFormer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.head(self.encoder(images)))
 
-
-# ------------------------------------------------------------------------------------------------------------- loss
 
 def bilinear_matrix(size: int, new_size: int) -> Tensor:
     """The (new_size, size) matrix that resizes one side bilinearly, `align_corners=False`; an image takes two."""
@@ -253,20 +236,15 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         (h, _), (height, width) = logits.shape[-2:], labels.shape[-2:]
         matrix = bilinear_matrix(h, height).to(logits)
-        gradient, total = torch.empty_like(logits), logits.new_zeros(())
+        gradient, total = torch.zeros_like(logits), logits.new_zeros(())
         for small, label, grad in zip(logits.split(1), labels.split(1), gradient.split(1)):
-            with torch.enable_grad():
-                small = small.detach().contiguous().requires_grad_()
-                wide = F.interpolate(small, (h, width), mode="bilinear")                         # (1, K, h, width)
-            wide_grad = torch.zeros_like(wide)
             for rows, source in bands(matrix):
                 with torch.enable_grad():
-                    part = wide[:, :, source].detach().requires_grad_()
-                    full = matrix[rows, source] @ part                                           # (1, K, rows, width)
+                    part = small[:, :, source].detach().contiguous().requires_grad_()            # (1, K, few, w)
+                    full = matrix[rows, source] @ F.interpolate(part, (part.shape[2], width), mode="bilinear")
                     loss = F.cross_entropy(full, label[:, rows], ignore_index=ignore_index, reduction="sum")
-                wide_grad[:, :, source] += torch.autograd.grad(loss, part)[0]
+                grad[:, :, source] += torch.autograd.grad(loss, part)[0]
                 total += loss.detach()
-            grad.copy_(torch.autograd.grad(wide, small, wide_grad)[0])
         ctx.save_for_backward(gradient)
         return total
 
@@ -286,46 +264,36 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -
         return _UpsampledCrossEntropy.apply(logits, labels, ignore_index) / labels.numel()
 
 
-# ----------------------------------------------------------------------------------------------- pretrained weights
-
 # Keys of NVlabs', Hugging Face's and mmsegmentation's checkpoints -> ours, applied in this order, stages from 0.
-RENAMES = (
-    (r"^layers\.(\d)\.0\.projection", r"encoder.stages.\1.embed"),
-    (r"^layers\.(\d)\.0\.norm", r"encoder.stages.\1.embed_norm"),
-    (r"^layers\.(\d)\.1", r"encoder.stages.\1.blocks"),
-    (r"^layers\.(\d)\.2", r"encoder.stages.\1.norm"),
-    (r"attn\.attn\.in_proj_", "attn.qkv."),
-    (r"attn\.attn\.out_proj", "attn.proj"),
-    (r"ffn\.layers\.0", "mlp.fc1"),
-    (r"ffn\.layers\.1", "mlp.dwconv"),
-    (r"ffn\.layers\.4", "mlp.fc2"),
-    (r"^(convs|fusion_conv)\.", r"head.\1."),
-    (r"^patch_embed(?:dings)?\.(\d)\.proj", r"encoder.stages.\1.embed"),
-    (r"^patch_embed(?:dings)?\.(\d)\.(?:layer_)?norm", r"encoder.stages.\1.embed_norm"),
-    (r"^(?:layer_)?norm\.(\d)", r"encoder.stages.\1.norm"),
-    (r"^block\.(\d)", r"encoder.stages.\1.blocks"),
-    (r"layer_norm_(\d)", r"norm\1"),
-    (r"attention\.self\.layer_norm", "attn.norm"),
-    (r"attention\.self\.query", "attn.q"),
-    (r"attention\.self", "attn"),
-    (r"attention\.output\.dense", "attn.proj"),
-    (r"attn\.sr", "attn.reduce"),
-    (r"mlp\.dense", "mlp.fc"),
-    (r"dwconv\.dwconv", "dwconv"),
-    (r"^linear_c\.(\d)\.proj", r"head.linears.\1"),
-    (r"^linear_fuse\.bn|^batch_norm", "head.norm"),
-    (r"^linear_fuse(?:\.conv)?", "head.fuse"),
-    (r"^(?:linear_pred|classifier)", "classifier.1"),
-)
+RENAMES = {
+    r"^layers\.(\d)\.0\.projection": r"encoder.stages.\1.embed", r"^layers\.(\d)\.0\.norm": r"encoder.stages.\1.embed_norm",
+    r"^layers\.(\d)\.1": r"encoder.stages.\1.blocks", r"^layers\.(\d)\.2": r"encoder.stages.\1.norm",
+    r"attn\.attn\.in_proj_": "attn.qkv.", r"attn\.attn\.out_proj": "attn.proj",
+    r"ffn\.layers\.0": "mlp.fc1", r"ffn\.layers\.1": "mlp.dwconv", r"ffn\.layers\.4": "mlp.fc2",
+    r"^(convs|fusion_conv)\.": r"head.\1.",
+    r"^patch_embed(?:dings)?\.(\d)\.proj": r"encoder.stages.\1.embed",
+    r"^patch_embed(?:dings)?\.(\d)\.(?:layer_)?norm": r"encoder.stages.\1.embed_norm",
+    r"^(?:layer_)?norm\.(\d)": r"encoder.stages.\1.norm", r"^block\.(\d)": r"encoder.stages.\1.blocks",
+    r"layer_norm_(\d)": r"norm\1", r"attention\.self\.layer_norm": "attn.norm",
+    r"attention\.self\.query": "attn.q", r"attention\.self": "attn", r"attention\.output\.dense": "attn.proj",
+    r"attn\.sr": "attn.reduce", r"mlp\.dense": "mlp.fc", r"dwconv\.dwconv": "dwconv",
+    r"^linear_c\.(\d)\.proj": r"head.linears.\1", r"^linear_fuse\.bn|^batch_norm": "head.norm",
+    r"^linear_fuse(?:\.conv)?": "head.fuse", r"^(?:linear_pred|classifier)": "classifier.1",
+}
 # The ImageNet classifiers, and a layer that mmsegmentation creates and never uses.
 DEAD_KEYS = re.compile(r"(head|classifier|decode_head\.conv_seg)\.(weight|bias)")
+# What a file that can't be read looks like, by its first bytes.
+SIGNS = {b"<": "a web page: download the file itself", b"PK": "a truncated checkpoint: download it again",
+         b"version https://git-lfs": "a Git LFS pointer: fetch the file itself (git lfs pull)",
+         b"": "no checkpoint, or one that would run code when loaded"}
 
 
 def read_checkpoint(path) -> dict:
     """The dict that a checkpoint file holds, read with `weights_only=True`; ValueError where it is no such file."""
+    start = b""
     try:
         with open(path, "rb") as file:
-            head = file.read(32).lstrip()
+            start = file.read(32).lstrip()
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file  # the one format that isn't PyTorch's own
             return load_file(path)
@@ -336,12 +304,8 @@ def read_checkpoint(path) -> dict:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}; give a checkpoint file") from None
     except Exception as error:  # each of torch.load's file formats raises its own
-        cut = "a truncated checkpoint: download it again"
-        signs = {b"<": "a web page: download the file itself", b"PK": cut,
-                 b"version https://git-lfs": "a Git LFS pointer: fetch the file itself (git lfs pull)",
-                 head if isinstance(error, EOFError) or re.search("EOF|truncated", str(error)) else b"none": cut}
-        looks = next((looks for sign, looks in signs.items() if head.startswith(sign)),
-                     "no checkpoint, or one that would run code when loaded")
+        start = b"PK" if isinstance(error, EOFError) or re.search("EOF|truncated", str(error)) else start
+        looks = next(looks for sign, looks in SIGNS.items() if start.startswith(sign))
         raise ValueError(f"{path}: can't be read, it looks like {looks}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint but a {type(content).__name__}")
@@ -368,14 +332,13 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         key = re.sub(r"^(backbone|segformer\.encoder|encoder|decode_head)\.", "", key)
         key = re.sub(r"^(patch_embed|block|norm|linear_c)(\d)\.", lambda m: f"{m[1]}.{int(m[2]) - 1}.", key)  # from 0
-        for pattern, ours in RENAMES:
+        for pattern, ours in RENAMES.items():
             key = re.sub(pattern, ours, key)
         renamed[key] = value.flatten(1) if re.search(r"\.mlp\.fc\d\.weight$", key) else value  # of 1x1 convolutions
     # Our Linears are one for q and one for k and v; Hugging Face has three, mmsegmentation one.
     for key in [k for k in renamed if ".attn.key." in k]:
-        value = renamed.pop(key.replace(".key.", ".value."), None)
-        if value is not None:
-            renamed[key.replace(".key.", ".kv.")] = torch.cat([renamed.pop(key), value])
+        if (value_key := key.replace(".key.", ".value.")) in renamed:
+            renamed[key.replace(".key.", ".kv.")] = torch.cat([renamed.pop(key), renamed.pop(value_key)])
     for key in [k for k in renamed if ".attn.qkv." in k]:
         q, k, v = renamed.pop(key).chunk(3)
         renamed |= {key.replace(".qkv.", ".q."): q, key.replace(".qkv.", ".kv."): torch.cat([k, v])}
@@ -387,8 +350,7 @@ def variant_of(state: dict[str, Tensor]) -> str | None:
     widths = tuple(len(value) for key, value in sorted(state.items()) if re.search(r"stages\.\d\.embed\.bias$", key))
     blocks = [match[1] for key in state if (match := re.search(r"stages\.(\d)\.blocks\.\d+\.norm1\.bias$", key))]
     depths = tuple(blocks.count(stage) for stage in "0123")
-    same = (name for name, config in MIT_VARIANTS.items() if (config.channels, config.depths) == (widths, depths))
-    return next(same, None)
+    return next((name for name, sizes in MIT_VARIANTS.items() if sizes == (widths, depths)), None)
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[str, ...] = ()):
@@ -426,22 +388,16 @@ def load_pretrained(module: nn.Module, source):
     if isinstance(segformer, MixVisionTransformer):
         load_strictly(segformer, {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
         return
-    own = segformer.state_dict()
-    absent = [part for part in ("head.", "classifier.") if not any(key.startswith(part) for key in state)]
-
-    def skip(part: str, why: str):
-        """Leave a part of the source out, with a warning."""
-        warnings.warn(f"{part} skipped: {why}; it keeps its initialisation")
-        absent.append(part + ".")
-        for key in [key for key in state if key.startswith(part + ".")]:
-            del state[key]
-
+    width, classes = (len(state.get(key, ())) for key in ("head.fuse.weight", "classifier.1.bias"))  # 0: has none
+    own_classes, skipped = len(segformer.state_dict()["classifier.1.bias"]), {}
     if "head.fusion_conv.conv.weight" in state:
-        skip("head", "mmsegmentation's has BatchNorm and ReLU after each projection, this one hasn't")
-    elif "head.fuse.weight" in state and module is not segformer and len(state["head.fuse.weight"]) != EMBED_DIM:
-        skip("classifier", f"the head is {len(state['head.fuse.weight'])} wide, MRCFA's is {EMBED_DIM}")
-        skip("head", f"it is {len(state['head.fuse.weight'])} wide, MRCFA's is {EMBED_DIM}")
-    elif "classifier.1.bias" in state and state["classifier.1.bias"].shape != own["classifier.1.bias"].shape:
-        theirs, ours = len(state["classifier.1.bias"]), len(own["classifier.1.bias"])
-        skip("classifier", f"it has {theirs} classes, this model {ours}")
-    load_strictly(segformer, state, tuple(absent))
+        skipped = {"head": "mmsegmentation's has BatchNorm and ReLU after each projection, this one hasn't"}
+    elif width not in (0, EMBED_DIM) and module is not segformer:
+        skipped = dict.fromkeys(("head", "classifier"), f"the head is {width} wide, MRCFA's is {EMBED_DIM}")
+    elif classes not in (0, own_classes):
+        skipped = {"classifier": f"it has {classes} classes, this model {own_classes}"}
+    for part, why in skipped.items():
+        warnings.warn(f"{part} skipped: {why}; it keeps its initialisation")
+    state = {key: value for key, value in state.items() if key.partition(".")[0] not in skipped}
+    absent = {"head", "classifier"} - {key.partition(".")[0] for key in state}
+    load_strictly(segformer, state, tuple(f"{part}." for part in absent))

@@ -27,11 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import STRIDE, ClipDataset, DataError, Video, read_classes, read_split, write_synthetic
-from eval import (AMP, DEVICE, MODELS, PICTURED, ArgumentParser, autocast, build_model, command_line, device, evaluate,
-                  json_metrics, positive, refuse_to_overwrite, save_pictures, segment_video, table)
-from mrcfa import MRCFA, OFFSETS, mrcfa_loss, rename_official
-from segformer import load_pretrained, load_strictly, read_checkpoint, read_state_dict, segmentation_loss
+from data import STRIDE, ClipDataset, Video, read_classes, read_split, write_synthetic
+from eval import (AMP, DEVICE, MODELS, PICTURED, ArgumentParser, autocast, build_model, command_line, device,
+                  errors_named, evaluate, json_metrics, load_weights, metrics_table, positive, refuse_to_overwrite,
+                  save_pictures, segment_video)
+from mrcfa import MRCFA, OFFSETS, mrcfa_loss
+from segformer import load_strictly, read_checkpoint, segmentation_loss
 
 # What a data set is trained with unless a flag says otherwise; VSPW's row is the recipe of the paper.
 RECIPE = ("frame_size", "scale_range", "crop", "reference_stride", "positive_kernels",
@@ -46,27 +47,28 @@ SYNTHETIC = Path("data/synthetic")
 BETAS = (0.9, 0.999)      # of AdamW
 WARMUP_START = 1e-6       # the share of the learning rate that the warm-up begins with
 PLACE = ("out", "resume", "device")  # arguments that belong to where a run happens, and aren't resumed
+PROGRESS = ("iteration", "evaluated", "best", "lines")  # what a run knows beside its networks: see Run
 
 
 def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The training loss of clips (B, T, 3, h, w) and labels (B, T, h, w) or, of the targets alone, (B, h, w)."""
     if isinstance(getattr(model, "module", model), MRCFA):
-        return mrcfa_loss(*model(images), labels)
+        frame_logits, clip_logits = model(images)
+        return mrcfa_loss(frame_logits, clip_logits, labels)
     if labels.ndim == 3:
         images, labels = images[:, -1:], labels[:, None]
     return segmentation_loss(model(images.flatten(0, 1)), labels.flatten(0, 1))
 
 
-def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
     """AdamW's groups: the encoder, its LayerNorms without decay, and everything else at `head_lr` times the rate."""
-    encoder = getattr(model, "segformer", model).encoder
-    norms = [p for module in encoder.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()]
-    taken, inside = set(norms), set(encoder.parameters())
-    decayed, rest = ([p for p in encoder.parameters() if p not in taken],
-                     [p for p in model.parameters() if p not in inside])
-    return [{"params": decayed, "base_lr": lr, "weight_decay": weight_decay},
-            {"params": norms, "base_lr": lr, "weight_decay": 0.0},
-            {"params": rest, "base_lr": lr * head_lr, "weight_decay": weight_decay}]
+    encoder: nn.Module = getattr(model, "segformer", model).encoder
+    inside = set(encoder.parameters())
+    norms = {p for module in encoder.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    groups = ((inside - norms, args.lr, args.weight_decay), (norms, args.lr, 0.0),
+              (set(model.parameters()) - inside, args.lr * args.head_lr, args.weight_decay))
+    return [{"params": [p for p in model.parameters() if p in group], "base_lr": lr, "weight_decay": decay}
+            for group, lr, decay in groups]
 
 
 def lr_factor(i: int, iters: int, warmup: int) -> float:
@@ -96,28 +98,22 @@ class Run:
     def __init__(self, args: argparse.Namespace, config: dict, model: nn.Module):
         self.args, self.config, self.model = args, config, model
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        groups = parameter_groups(model, args.lr, args.head_lr, args.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=BETAS)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
-        self.iteration, self.evaluated, self.best, self.signal = 0, 0, -1.0, 0  # `evaluated`: when that was, last
+        self.signal = 0
+        self.iteration, self.evaluated, self.best = 0, 0, -1.0  # `evaluated`: when that was, last
+        self.lines: list[str] = []                              # of the log
 
     def resume(self, checkpoint: dict):
         """Take over the state of last.pt, and forget what the log says of later iterations."""
         load_strictly(self.model, checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
-        self.iteration, self.evaluated, self.best = (checkpoint[key] for key in ("iteration", "evaluated", "best"))
-
-        def known(line: str) -> bool:
-            """Whether a line of the log is of what the checkpoint holds."""
-            entry = json.loads(line)
-            return entry["iteration"] <= (self.evaluated if "mIoU" in entry else self.iteration)
-
-        log = self.args.out / "log.jsonl"
-        if self.rank == 0 and log.exists():
-            # A line that was being written when the run was killed has no end, and is of a later iteration, too.
-            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and known(line)]
-            write_whole(log, lambda file: file.write("".join(lines).encode()))
+        for name in PROGRESS:
+            setattr(self, name, checkpoint[name])
+        if self.rank == 0:
+            write_whole(self.args.out / "log.jsonl", lambda file: file.write("".join(self.lines).encode()))
+            print(f"going on at iteration {self.iteration} of {self.args.iters}", file=sys.stderr)
 
     def save(self, name: str):
         """Write a checkpoint that rebuilds the model by itself and continues the run."""
@@ -126,34 +122,35 @@ class Run:
                     if key not in PLACE}
             content = {"model": self.model.state_dict(), "config": self.config, "args": args,
                        "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                       "iteration": self.iteration, "evaluated": self.evaluated, "best": self.best}
+                       **{name: getattr(self, name) for name in PROGRESS}}
             write_whole(self.args.out / name, lambda file: torch.save(content, file))
 
     def log(self, **values):
         """Add a line to log.jsonl."""
+        self.lines.append(json.dumps({"iteration": self.iteration, **values}) + "\n")
         if self.rank == 0:
             with open(self.args.out / "log.jsonl", "a") as file:
-                file.write(json.dumps({"iteration": self.iteration, **values}) + "\n")
+                file.write(self.lines[-1])
+
+    def segment(self, video: Video):
+        """The masks of a video as the model predicts them now."""
+        return segment_video(video, self.model.eval(), self.args.frame_size)
 
     def evaluate(self, videos: list[Video]):
         """Evaluate; print, log, and keep the checkpoint if it is the best so far."""
         if self.processes > 1:  # the first process's BatchNorm statistics are the ones that are saved
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
-        metrics = evaluate(self.model, videos, len(self.config["classes"]), self.config["frame_size"]).compute()
+        metrics = evaluate(self.segment, videos, self.config["classes"]).compute()
         if self.rank == 0:
-            tqdm.write(f"iteration {self.iteration}\n{table({self.config['model']: metrics})}")
+            tqdm.write(f"iteration {self.iteration}\n{metrics_table({self.args.model: metrics})}")
         self.log(**json_metrics(metrics))
         self.evaluated = self.iteration
         if metrics["mIoU"] > self.best:
             self.best = metrics["mIoU"]
             self.save("best.pt")
         self.save("last.pt")
-
-    def evaluation_is_due(self) -> bool:
-        """At the end, and every `eval_every` iterations if that isn't 0, unless it has been done before a stop."""
-        now = self.iteration == self.args.iters or self.args.eval_every and self.iteration % self.args.eval_every == 0
-        return now and self.evaluated < self.iteration
+        self.model.train()
 
     def samples(self, start: int, end: int) -> list[int]:
         """Which of the data set's clips this process takes in iterations start ... end - 1."""
@@ -161,8 +158,8 @@ class Run:
         firsts = (size * (batch * self.processes + self.rank) for batch in batches)
         return [i for first in firsts for i in range(first, first + size)]
 
-    def step(self, network: nn.Module, batches) -> float:
-        """One iteration: the mean loss of `accumulate` batches, and a step of the optimiser unless it isn't finite."""
+    def step(self, network: Any, batches) -> float:
+        """The mean loss of an iteration's `accumulate` batches, and its gradients."""
         args, total = self.args, 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor(self.iteration, args.iters, args.warmup)
@@ -188,24 +185,25 @@ class Run:
 
     def train(self, clips: ClipDataset, val: list[Video]):
         """Train from the current iteration to the last one."""
-        args, network = self.args, self.model
+        args, network = self.args, self.model.train()
         if self.processes > 1:
             network = DistributedDataParallel(self.model)
         if args.compile:
             network.compile()
-        loader = DataLoader(clips, args.batch_size, sampler=self.samples(self.iteration, args.iters),
-                            num_workers=args.workers, worker_init_fn=ignore_interrupts,
-                            pin_memory=args.device.type == "cuda")
-        batches, losses, since = iter(loader), [], time.time()
-        self.model.train()
+        batches = iter(DataLoader(clips, args.batch_size, sampler=self.samples(self.iteration, args.iters),
+                                  num_workers=args.workers, worker_init_fn=ignore_interrupts,
+                                  pin_memory=args.device.type == "cuda"))
+        losses, since = [], time.time()
         with tqdm(total=args.iters, initial=self.iteration, desc=args.model, unit="it", dynamic_ncols=True,
                   disable=self.rank > 0) as bar:
             while True:
-                if self.evaluation_is_due():
+                last = self.iteration == args.iters
+                due = last or args.eval_every and self.iteration % args.eval_every == 0
+                if due and self.evaluated < self.iteration:
                     self.evaluate(val)
                     since = time.time()
-                if self.iteration == args.iters:
-                    break
+                if last:
+                    return
                 own_loss = self.step(network, batches)
                 loss, stop = self.agree(own_loss)
                 if not math.isfinite(loss):
@@ -214,21 +212,24 @@ class Run:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
                 self.iteration += 1
+                lr = self.optimizer.param_groups[0]["lr"]
                 bar.update()
-                bar.set_postfix(loss=f"{np.mean(losses):.3f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}")
-
+                bar.set_postfix(loss=f"{np.mean(losses):.3f}", lr=f"{lr:.1e}")
                 if self.iteration % args.log_every == 0 or self.iteration == args.iters:
                     speed = len(losses) * args.batch_size * args.accumulate * self.processes / (time.time() - since)
-                    self.log(loss=float(np.mean(losses)), lr=self.optimizer.param_groups[0]["lr"],
-                             clips_per_second=round(speed, 3))
+                    self.log(loss=float(np.mean(losses)), lr=lr, clips_per_second=round(speed, 3))
                     losses, since = [], time.time()
                 if stop or self.iteration % args.save_every == 0 or self.iteration == args.iters:
                     self.save("last.pt")
                 if stop:
                     self.stop_at_signal()
 
+    def note_signal(self, number: int, _):
+        """Let the training end after SIGTERM or Ctrl-C when its step is done."""
+        self.signal = number
+
     def stop_at_signal(self):
-        """End the process after SIGTERM or Ctrl-C; all that was computed is in last.pt."""
+        """End the process; all that was computed is in last.pt."""
         if self.rank == 0:
             again = f"python train.py --resume --out {self.args.out}"
             tqdm.write(f"stopped at iteration {self.iteration}; to go on: {again}", file=sys.stderr)
@@ -243,20 +244,15 @@ class Run:
         sys.exit(1)
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line of a training: flags, above the run that is resumed, above the data set's recipe."""
-    parser = ArgumentParser("Train MRCFA or SegFormer on labelled videos. Defaults are those of the synthetic videos; "
-                            "RECIPES in train.py has the other data sets'.")
+def add_arguments(parser: argparse.ArgumentParser):
+    """The flags, without the defaults that depend on the data set."""
     run = parser.add_argument_group("the run").add_argument
-    run("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME",
-        help="mrcfa_b0 ... mrcfa_b5, or the baseline segformer_b0 ... segformer_b5")
+    run("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME", help="mrcfa_b0 ... b5, or segformer_b0 ... b5, the baseline")
     run("--dataset", choices=RECIPES, help="whose recipe to train with: folder if there is --data, else synthetic")
-    run("--data", type=Path, help="data folder with train.txt, val.txt and data/<video>/{origin,mask}; the synthetic "
-                                  f"videos are made there, by default {SYNTHETIC}, if it doesn't exist")
+    run("--data", type=Path, help=f"data folder; the synthetic videos are made in theirs, by default {SYNTHETIC}")
     run("--out", type=Path, help="folder of this run, by default runs/MODEL; an existing one is only ever continued")
     run("--resume", action="store_true", help="continue the run in --out with the arguments that it was started with")
-    run("--pretrained", type=Path, metavar="FILE",
-        help="weights to start from, far better than from scratch: of MiT, SegFormer, a released MRCFA, or a last.pt")
+    run("--pretrained", type=Path, metavar="FILE", help="to start from: MiT, SegFormer, a released MRCFA, or a last.pt")
     run("--seed", type=int, default=0, help="of initialisation, clips and dropout; several show the spread")
     run("--device", type=device, default=DEVICE, help="where the network runs")
     run("--workers", type=int, default=2, help="processes that load clips: more if the network waits for them")
@@ -266,14 +262,10 @@ def parse_args() -> argparse.Namespace:
 
     clips = parser.add_argument_group("clips").add_argument
     clips("--batch-size", type=positive, help="clips a process takes at a time; the paper's 8 are 4 GPUs x 2")
-    clips("--dilation", type=positive, nargs="+", default=OFFSETS, metavar="N",
-          help="how many frames back the references lie; less where frames are far apart in time")
-    clips("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"),
-          help="scale frames to fit this, here and in evaluation; smaller is faster and coarser")
-    clips("--scale-range", type=float, nargs=2, metavar=("MIN", "MAX"),
-          help="random factor on the frame size in training; 1 1 keeps sizes as they are")
-    clips("--crop", type=positive, nargs=2, metavar=("H", "W"),
-          help="random crop, multiples of 32: memory and time depend on it")
+    clips("--dilation", type=positive, nargs="+", default=OFFSETS, metavar="N", help="frames back to the references")
+    clips("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"), help="to fit frames into, in evaluation, too")
+    clips("--scale-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="random factor on that; 1 1: as it is")
+    clips("--crop", type=positive, nargs=2, metavar=("H", "W"), help="multiples of 32: memory and time depend on it")
 
     speed = parser.add_argument_group("speed").add_argument
     speed("--accumulate", type=positive, default=1, help="batches an iteration: a large one in little memory")
@@ -288,23 +280,33 @@ def parse_args() -> argparse.Namespace:
     recipe("--warmup", type=int, help="iterations over which the rate rises; fewer in a short training")
 
     model = parser.add_argument_group("MRCFA, and what it is without its parts").add_argument
-    model("--reference-stride", type=int, choices=(16, 32),
-          help="of reference tokens: 16 sees finer things at four times the affinities")
-    model("--positive-kernels", action=argparse.BooleanOptionalAction,
-          help="begin SAR's and MAA's convolutions with positive kernels, which learns faster; the paper's may invert")
+    model("--reference-stride", type=int, choices=(16, 32), help="of reference tokens: 16 is finer, and slower")
+    model("--positive-kernels", action=argparse.BooleanOptionalAction, help="for SAR and MAA to begin with: learns faster")
     model("--keep-ratio", type=float, metavar="P", help="share of tokens that STM keeps, if not the paper's; 1: all")
     model("--no-refine", dest="refine", action="store_false", help="leave out SAR")
     model("--no-aggregate", dest="aggregate", action="store_false", help="leave out MAA: the finest scale alone")
 
+
+def read_run(out: Path) -> dict:
+    """The last checkpoint of a run."""
+    with errors_named("can't resume: "):
+        return read_checkpoint(out / "last.pt")
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line of a training: flags, above the run that is resumed, above the data set's recipe."""
+    parser = ArgumentParser("Train MRCFA or SegFormer on labelled videos. Defaults are those of the synthetic videos; "
+                            "RECIPES in train.py has the other data sets'.")
+    add_arguments(parser)
     parser.set_defaults(**dict(zip(RECIPE, RECIPES["synthetic"])))
     args = parser.parse_args()
-    args.out = args.out or Path("runs") / args.model
+    out = args.out or Path("runs") / args.model
     if args.resume:  # what the run was started with are the defaults now
-        parser.set_defaults(**read_run(args.out)["args"])
+        parser.set_defaults(**read_run(out)["args"])
     else:
         dataset = args.dataset or ("folder" if args.data else "synthetic")
         parser.set_defaults(dataset=dataset, **dict(zip(RECIPE, RECIPES[dataset])))
-    args = parser.parse_args(namespace=argparse.Namespace(out=args.out))
+    args = parser.parse_args(namespace=argparse.Namespace(out=out))
     if args.data is None and args.dataset != "synthetic":
         parser.error(f"--data DIR is missing: the folder of the {args.dataset} data set")
     args.data = args.data or SYNTHETIC
@@ -315,65 +317,6 @@ def parse_args() -> argparse.Namespace:
     if not 0 < args.scale_range[0] <= args.scale_range[1]:
         parser.error(f"--scale-range {args.scale_range[0]} {args.scale_range[1]}: must rise, from above 0")
     return args
-
-
-def read_run(out: Path) -> dict:
-    """The last checkpoint of a run."""
-    try:
-        return read_checkpoint(out / "last.pt")
-    except ValueError as error:
-        raise DataError(f"can't resume: {error}") from None
-
-
-@contextlib.contextmanager
-def process_group(args: argparse.Namespace):
-    """Join the other processes if torchrun started this one, each with a GPU of its own where there are any."""
-    if "LOCAL_RANK" not in os.environ:
-        yield
-        return
-    if args.device.type == "cuda":
-        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def signals_noted(run: Run):
-    """Leave it to the training to end after SIGTERM or Ctrl-C, when its step is done."""
-    def note(number: int, _):
-        """Remember the signal."""
-        run.signal = number
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def start_from(model: nn.Module, path: Path):
-    """Begin with weights: of an encoder, a SegFormer, a released MRCFA, or a checkpoint of this script.
-
-    Classifiers of other classes keep their initialisation. Raises ValueError where anything else doesn't fit.
-    """
-    checkpoint = read_checkpoint(path)
-    state = read_state_dict(checkpoint)
-    if "decode_head.sr1_feat.weight" in state:
-        state = rename_official(state)
-    elif "config" not in checkpoint:
-        return load_pretrained(model, state)
-    if "value.weight" not in state:
-        model = getattr(model, "segformer", model)  # a SegFormer's weights go into the one inside an MRCFA
-    own = model.state_dict()
-    other = {key for key, value in state.items() if "classifier" in key and len(value) != len(own.get(key, value))}
-    if other:
-        print(f"{path}: its classifiers are of other classes and begin anew", file=sys.stderr)
-    load_strictly(model, {key: value for key, value in state.items() if key not in other}, tuple(other))
 
 
 def train(args: argparse.Namespace):
@@ -399,10 +342,8 @@ def train(args: argparse.Namespace):
         for conv in (module for module in model.aggregation.modules() if isinstance(module, nn.Conv2d)):
             conv.weight.data.abs_()
     if args.pretrained and not args.resume:
-        try:
-            start_from(model, args.pretrained)
-        except ValueError as error:
-            raise DataError(f"--pretrained {args.pretrained}: {error}") from None
+        with errors_named(f"--pretrained {args.pretrained}: "):
+            load_weights(model, read_checkpoint(args.pretrained))
     if dist.is_initialized() and args.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     run = Run(args, config, model.to(args.device))
@@ -411,26 +352,32 @@ def train(args: argparse.Namespace):
               f"{max(args.dilation)} and left out", file=sys.stderr)
     if checkpoint:
         run.resume(checkpoint)
-        if run.rank == 0:
-            print(f"going on at iteration {run.iteration} of {args.iters}", file=sys.stderr)
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         run.save("last.pt")  # from here on there is something to resume
-    with signals_noted(run):
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stack.callback(signal.signal, number, signal.signal(number, run.note_signal))
         run.train(clips, val)
     if run.rank == 0:
-        run.model.eval()
         for video in (video.up_to_label() for video in val[:PICTURED]):
-            masks = segment_video(run.model, video.frames, args.frame_size, args.amp, video.offsets)
-            save_pictures(args.out / "pictures", video, classes, {args.model: list(masks)})
+            save_pictures(args.out / "pictures", video, classes, {args.model: list(run.segment(video))})
         print(f"the run is in {args.out}: checkpoints, log and pictures")
 
 
 def main():
-    """Train and evaluate as the command line says."""
+    """Train and evaluate as the command line says; as one of several processes, if torchrun started this one."""
     args = parse_args()
-    with process_group(args):
+    if "LOCAL_RANK" not in os.environ:
+        return train(args)
+    if args.device.type == "cuda":  # a GPU for each process
+        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    try:
         train(args)
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
