@@ -35,7 +35,6 @@ from segformer import (MIT_VARIANTS, SegFormer, bands, bilinear_matrix, load_pre
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
 MRCFA_ARGUMENTS = ("reference_stride", "keep_ratio", "refine", "aggregate", "offsets")
 WINDOWS = (8, 16)              # n of the video consistencies mVC_n, in frames
-COLUMNS = {"mIoU": "mIoU", "weighted_IoU": "weighted IoU", "mVC8": "mVC8", "mVC16": "mVC16", "pixel_accuracy": "pixels"}
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PICTURED = 3                   # videos of which there are pictures
@@ -102,24 +101,20 @@ class SegmentationMetrics:
         return (hits / (labelled + predicted - hits)).where(labelled > 0, math.nan)
 
     def compute(self) -> dict[str, float]:
-        """mIoU, weighted_IoU, pixel_accuracy, mVC8, mVC16: 0 ... 1, or NaN where there was nothing to measure."""
-        iou, share = self.class_iou(), self.confusion.double() / self.confusion.sum()        # NaN where nothing is
+        """mIoU, weighted_IoU, mVC8, mVC16, pixel_accuracy: 0 ... 1, or NaN where there was nothing to measure."""
+        iou, share = self.class_iou(), self.confusion.double() / self.confusion.sum()        # NaN without labels
         return {"mIoU": iou.nanmean().item(), "weighted_IoU": (iou.nan_to_num() @ share.sum(1)).item(),
-                "pixel_accuracy": share.trace().item(),
-                **{f"mVC{n}": math.fsum(c) / len(c) if c else math.nan for n, c in self.consistencies.items()}}
+                **{f"mVC{n}": math.fsum(c) / len(c) if c else math.nan for n, c in self.consistencies.items()},
+                "pixel_accuracy": share.trace().item()}
 
 
-def table(columns: Iterable[str], rows: dict[str, list[float]]) -> str:
-    """Rows of shares by name as text, in percent, and a dash for NaN."""
-    cells = {name: ["-" if math.isnan(value) else f"{100 * value:.2f}" for value in row] for name, row in rows.items()}
-    width = max(12, *map(len, rows))
-    return "\n".join(name.ljust(width) + "".join(f"{cell:>14}" for cell in row)
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Shares by row and column as text, in percent, with a dash for NaN."""
+    width, columns = max(12, *map(len, rows)), list(next(iter(rows.values())))
+    cells = {name: ["-" if math.isnan(row[key]) else f"{100 * row[key]:.2f}" for key in columns]
+             for name, row in rows.items()}
+    return "\n".join(f"{name:{width}}" + "".join(f" {cell:>14}" for cell in row)
                      for name, row in {"": columns, **cells}.items())
-
-
-def metrics_table(results: dict[str, dict[str, float]]) -> str:
-    """The metrics of methods by name, a line each."""
-    return table(COLUMNS.values(), {name: [metrics[key] for key in COLUMNS] for name, metrics in results.items()})
 
 
 def json_metrics(metrics: dict[str, float]) -> dict[str, float | None]:
@@ -195,7 +190,7 @@ def evaluate(predict: Callable[[Video], Iterable], videos: list[Video], classes:
                 if save:
                     write_image(coloured(mask), save / video.name / f"{frame.stem}.png")
                 if over:
-                    write_image(overlay(read_image(frame).convert("RGB"), mask, classes), over / video.name / f"{frame.stem}.jpg")
+                    write_image(overlay(frame, mask, classes), over / video.name / f"{frame.stem}.jpg")
             if labels:
                 metrics.update(np.stack(labels), np.stack(masks))
     if processes > 1:
@@ -233,9 +228,9 @@ def draw_legend(image: Image.Image, present: Iterable[int], classes: Sequence[st
         draw.text((6, top), classes[k], "black", font)
 
 
-def overlay(frame: Image.Image, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
+def overlay(frame: Path, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
     """A frame with its mask's colours over it, and the names of the classes that occur."""
-    image = Image.blend(frame, coloured(mask).convert("RGB"), 0.5)
+    image = Image.blend(read_image(frame).convert("RGB"), coloured(mask).convert("RGB"), 0.5)
     draw_legend(image, np.unique(mask), classes)
     return image
 
@@ -560,8 +555,9 @@ def parse_args() -> argparse.Namespace:
             args.checkpoint and (args.data is None) == (args.frames is None),
         "--predictions needs the labels: --data DIR": args.predictions and args.data is None,
         "--frames needs --save DIR for the masks, or --overlay DIR": args.frames and not (args.save or args.overlay),
-        "--explain needs --checkpoint FILE, --data DIR and --pictures DIR":
-            args.explain and not (args.checkpoint and args.data and args.pictures)}
+        "--pictures shows labels and predictions: it needs --checkpoint FILE and --data DIR":
+            args.pictures and not (args.checkpoint and args.data),
+        "--explain needs --pictures DIR": args.explain and not args.pictures}
     for message in (message for message, is_wrong in wrong.items() if is_wrong):
         parser.error(message)
     return args
@@ -647,10 +643,10 @@ def main():
     if args.frames:
         return print(f"the frames are in {' and '.join(str(path) for path in (args.save, args.overlay) if path)}")
     metrics = {name: result.compute() for name, result in results.items()}
-    print(metrics_table(metrics))
+    print(table(metrics))
     if args.per_class:
-        ious = torch.stack([result.class_iou() for result in results.values()], dim=1).tolist()
-        print(table(results, dict(zip(read_classes(args.data), ious))))
+        ious = {name: result.class_iou().tolist() for name, result in results.items()}
+        print(table({k: {name: ious[name][i] for name in ious} for i, k in enumerate(read_classes(args.data))}))
     if args.json:
         values = {name: json_metrics(value) for name, value in metrics.items()}
         args.json.write_text(json.dumps(values if len(values) > 1 else next(iter(values.values())), indent=2) + "\n")

@@ -9,12 +9,11 @@ reference frames answer (keys K, values V), each by itself:
                                            adds up the images of *one* token
     SAR, single-scale affinity refinement  2-D convolutions G^l over each token's image, with the same weights
     MAA, multi-scale affinity aggregation  M^3 = G^43(up(G^4(A^4)) + G^3(A^3)), M^2 = G^32(up(M^3) + G^2(A^2))
-    reconstruction                         O = mean_i B_i V_i + F_hat of the target; B_i = softmax(M^2) over the tokens
-                                           of reference i
+    reconstruction                         O = mean_i B_i V_i + the target's F_hat; B_i = softmax(M^2) over i's tokens
 
 Letters: B clips of T frames, K classes; the encoder's F_1 ... F_4 of C_l channels, n_l = h_l w_l positions; SegFormer's
-fused F at stride 4 (`fused`), and F_hat, the same at stride 8 (`own`), of which a reference's values V are made; its N
-tokens on a grid of stride r, m of them kept; `up`, the paper's Gamma, resizes images to a finer grid.
+fused F at stride 4 (`fused`) and F_hat, the same at stride 8 (`own`), of which a reference's values V are made; its N
+tokens on a grid of stride r, m of them kept. `up`, the paper's Gamma, resizes images to a finer grid.
 """
 import re
 from collections import deque
@@ -117,7 +116,7 @@ class AffinityRefinement(nn.Module):
         return x
 
     def prepare(self, q: Tensor) -> Query:
-        """What `of_product` needs of Q (B, C, h, w)."""
+        """Queries Q (B, C, h, w), ready for `of_product`."""
         x = self.convolve(0, q, q.shape[1]) if self.convs else q
         x = x - x.mean((2, 3), keepdim=True)
         return Query(q, x, tokens(x).mT @ tokens(x) / x[0, 0].numel())
@@ -139,8 +138,7 @@ class AffinityRefinement(nn.Module):
 class AffinityAggregation(nn.Module):
     """SAR and MAA of one reference's affinities A^l = Q^l (K^l)^T -> M^2 (B, m, h_2, w_2).
 
-    To see what each is good for: without `refine` (SAR) the A^l are merged as they are, without `aggregate` (MAA) the
-    finest scale is all there is.
+    Without `refine` (no SAR) the A^l are merged as they are, without `aggregate` (no MAA) the finest is all there is.
     """
 
     def __init__(self, variant: str, refine: bool = True, aggregate: bool = True):
@@ -189,7 +187,6 @@ class MRCFA(nn.Module):
             raise ValueError(f"offsets must be one or more positive numbers of frames, not {self.offsets}")
         if not 0 < self.keep_ratio <= 1:
             raise ValueError(f"keep_ratio must lie in (0, 1], not {keep_ratio}")
-
         self.segformer = SegFormer(variant, num_classes)
         _, c2, c3, c4 = self.segformer.encoder.channels
         self.query2, self.query3, self.query4 = (nn.Linear(c, c) for c in (c2, c3, c4))
@@ -199,8 +196,7 @@ class MRCFA(nn.Module):
         self.value = nn.Conv2d(EMBED_DIM, EMBED_DIM, reference_stride // 8, reference_stride // 8)
         self.aggregation = AffinityAggregation(variant, refine, aggregate)
         if not aggregate:  # what the coarser scales are left for is STM, which has no gradient
-            for layer in (self.query3, self.key3, self.reduce3, self.query4, self.key4):
-                layer.requires_grad_(False)
+            nn.ModuleList([self.query3, self.key3, self.reduce3, self.query4, self.key4]).requires_grad_(False)
         self.auxiliary_classifiers = nn.ModuleList(classifier(EMBED_DIM, num_classes) for _ in offsets)
         self.classifier = classifier(EMBED_DIM, num_classes)
         self.upsample = nn.Upsample(scale_factor=2, mode="bilinear")                             # stride 8 -> 4
@@ -214,7 +210,6 @@ class MRCFA(nn.Module):
             return self.segformer(clip[:, -1])
         if frames != len(self.offsets) + 1:
             raise ValueError(f"clip has {frames} frames; this model takes {len(self.offsets) + 1} (target last)")
-
         # Time first: then the references and the target are plain slices of the encoded batch.
         features, fused = self.encode(clip.transpose(0, 1).flatten(0, 1))                        # (T B, C_l, h_l, w_l)
         split = [x.split([(frames - 1) * batch, batch]) for x in (*features, F.avg_pool2d(fused, 2))]
@@ -223,7 +218,6 @@ class MRCFA(nn.Module):
         references = [Reference(*x) for x in zip(*(y.split(batch) for y in past))]
         if not self.training:
             return self.segment(target_features, own, references)
-
         queries = self.queries(target_features)
         attended = (self.attend(queries, reference) for reference in references)
         outputs = [product(attention, values.mT) for attention, values in attended]             # O_i (B, 256, h_2, w_2)
@@ -278,10 +272,9 @@ class MRCFA(nn.Module):
         return kept, *(x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])) for x in (key2, key3, key4, value))
 
     def selective_token_masking(self, a4: Tensor) -> Tensor:
-        """STM: which tokens of a reference are kept, (B, m), by A^4: an image (h_4, w_4) a token, (B, n_4, h_4, w_4).
+        """STM: which tokens of a reference are kept, (B, m), by A^4, an image (h_4, w_4) a token: (B, n_4, h_4, w_4).
 
-        A token is as important as its 5 largest affinities add up to. How many are kept follows from the frame's size
-        alone: every shape is a constant.
+        A token is as important as its 5 largest affinities add up to. The share that is kept is fixed, so m is, too.
         """
         grid, a4 = a4.shape[-2:], a4.flatten(2)
         importance = a4.topk(min(IMPORTANCE_TOP, a4.shape[2])).values.sum(-1)                    # (B, n_4)
@@ -344,10 +337,9 @@ def rename_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     ours: dict[str, Tensor] = {}
     for key, value in state.items():
-        name = key
         for pattern, replacement in names.items():
-            name = re.sub(rf"^decode_head\.{pattern}\b", replacement, name)
-        ours[name] = value
+            key = re.sub(rf"^decode_head\.{pattern}\b", replacement, key)
+        ours[key] = value
     segformer = rename({key: ours.pop(key) for key in state if key in ours})
     return ours | {f"segformer.{key}": value for key, value in segformer.items()}
 

@@ -76,19 +76,6 @@ class MixFFN(nn.Module):
         return self.fc2(F.gelu(conv_last(self.dwconv, self.fc1(x))))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, drop the whole residual branch of a sample."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        return x * F.dropout(x.new_ones(len(x), 1, 1, 1), self.p)
-
-
 class Block(nn.Module):
     """Transformer block: attention and Mix-FFN, both pre-norm and residual."""
 
@@ -98,11 +85,12 @@ class Block(nn.Module):
         self.attn = EfficientAttention(channels, heads, reduction)
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
         self.mlp = MixFFN(channels)
-        self.drop_path = DropPath(drop_path)
+        # Stochastic depth (arXiv 1603.09382) drops a sample's whole branch: (1, B, h, w, C) has B "channels" to drop.
+        self.drop_path = nn.Dropout3d(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:                                                      # (B, h, w, C)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.attn(self.norm1(x))[None])[0]
+        return x + self.drop_path(self.mlp(self.norm2(x))[None])[0]
 
 
 class Stage(nn.Module):
@@ -266,7 +254,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -
 
 # Keys of NVlabs', Hugging Face's and mmsegmentation's checkpoints -> ours, applied in this order, stages from 0.
 RENAMES = {
-    r"^layers\.(\d)\.0\.projection": r"encoder.stages.\1.embed", r"^layers\.(\d)\.0\.norm": r"encoder.stages.\1.embed_norm",
+    r"^layers\.(\d)\.0\.projection": r"encoder.stages.\1.embed",
+    r"^layers\.(\d)\.0\.norm": r"encoder.stages.\1.embed_norm",
     r"^layers\.(\d)\.1": r"encoder.stages.\1.blocks", r"^layers\.(\d)\.2": r"encoder.stages.\1.norm",
     r"attn\.attn\.in_proj_": "attn.qkv.", r"attn\.attn\.out_proj": "attn.proj",
     r"ffn\.layers\.0": "mlp.fc1", r"ffn\.layers\.1": "mlp.dwconv", r"ffn\.layers\.4": "mlp.fc2",
@@ -295,21 +284,20 @@ def read_checkpoint(path) -> dict:
         with open(path, "rb") as file:
             start = file.read(32).lstrip()
         if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file  # the one format that isn't PyTorch's own
+            from safetensors.torch import load_file  # type: ignore[import-not-found]
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict):
+            return content
+        why = f"not a checkpoint but a {type(content).__name__}"
     except ImportError:
-        raise ValueError(f"{path}: needs the safetensors package (pip install safetensors), or give the same weights "
-                         "as pytorch_model.bin") from None
+        why = "needs the safetensors package (pip install safetensors), or give the same weights as pytorch_model.bin"
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}; give a checkpoint file") from None
+        why = f"{error.strerror or error}; give a checkpoint file"
     except Exception as error:  # each of torch.load's file formats raises its own
         start = b"PK" if isinstance(error, EOFError) or re.search("EOF|truncated", str(error)) else start
-        looks = next(looks for sign, looks in SIGNS.items() if start.startswith(sign))
-        raise ValueError(f"{path}: can't be read, it looks like {looks}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a checkpoint but a {type(content).__name__}")
-    return content
+        why = "can't be read, it looks like " + next(looks for sign, looks in SIGNS.items() if start.startswith(sign))
+    raise ValueError(f"{path}: {why}")
 
 
 def read_state_dict(source) -> dict[str, Tensor]:
@@ -383,8 +371,8 @@ def load_pretrained(module: nn.Module, source):
     state = rename(read_state_dict(source))
     segformer = getattr(module, "segformer", module)  # an MRCFA has one inside
     if not any(key.startswith("encoder.stages.") for key in state):
-        raise ValueError("no MiT weights: expected keys like 'patch_embed1.proj.weight', 'layers.0.0.projection.weight' "
-                         f"or 'encoder.patch_embeddings.0.proj.weight', found {', '.join(list(state)[:3])}")
+        raise ValueError("no MiT weights: expected 'patch_embed1.proj.weight', 'layers.0.0.projection.weight' or "
+                         f"'encoder.patch_embeddings.0.proj.weight' and the like, found {', '.join(list(state)[:3])}")
     if isinstance(segformer, MixVisionTransformer):
         load_strictly(segformer, {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
         return

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from data import STRIDE, ClipDataset, Video, read_classes, read_split, write_synthetic
 from eval import (AMP, DEVICE, MODELS, PICTURED, ArgumentParser, autocast, build_model, command_line, device,
-                  errors_named, evaluate, json_metrics, load_weights, metrics_table, positive, refuse_to_overwrite,
-                  save_pictures, segment_video)
+                  errors_named, evaluate, json_metrics, load_weights, positive, refuse_to_overwrite, save_pictures,
+                  segment_video, table)
 from mrcfa import MRCFA, OFFSETS, mrcfa_loss
 from segformer import load_strictly, read_checkpoint, segmentation_loss
 
@@ -62,7 +62,7 @@ def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tor
 
 def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
     """AdamW's groups: the encoder, its LayerNorms without decay, and everything else at `head_lr` times the rate."""
-    encoder: nn.Module = getattr(model, "segformer", model).encoder
+    encoder: Any = getattr(model, "segformer", model).encoder
     inside = set(encoder.parameters())
     norms = {p for module in encoder.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     groups = ((inside - norms, args.lr, args.weight_decay), (norms, args.lr, 0.0),
@@ -143,7 +143,7 @@ class Run:
                 dist.broadcast(buffer, 0)
         metrics = evaluate(self.segment, videos, self.config["classes"]).compute()
         if self.rank == 0:
-            tqdm.write(f"iteration {self.iteration}\n{metrics_table({self.args.model: metrics})}")
+            tqdm.write(f"iteration {self.iteration}\n{table({self.args.model: metrics})}")
         self.log(**json_metrics(metrics))
         self.evaluated = self.iteration
         if metrics["mIoU"] > self.best:
@@ -224,12 +224,8 @@ class Run:
                 if stop:
                     self.stop_at_signal()
 
-    def note_signal(self, number: int, _):
-        """Let the training end after SIGTERM or Ctrl-C when its step is done."""
-        self.signal = number
-
     def stop_at_signal(self):
-        """End the process; all that was computed is in last.pt."""
+        """End the process after SIGTERM or Ctrl-C; all that was computed is in last.pt."""
         if self.rank == 0:
             again = f"python train.py --resume --out {self.args.out}"
             tqdm.write(f"stopped at iteration {self.iteration}; to go on: {again}", file=sys.stderr)
@@ -247,7 +243,7 @@ class Run:
 def add_arguments(parser: argparse.ArgumentParser):
     """The flags, without the defaults that depend on the data set."""
     run = parser.add_argument_group("the run").add_argument
-    run("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME", help="mrcfa_b0 ... b5, or segformer_b0 ... b5, the baseline")
+    run("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME", help="mrcfa_b0 ... b5, segformer_b0 ... b5")
     run("--dataset", choices=RECIPES, help="whose recipe to train with: folder if there is --data, else synthetic")
     run("--data", type=Path, help=f"data folder; the synthetic videos are made in theirs, by default {SYNTHETIC}")
     run("--out", type=Path, help="folder of this run, by default runs/MODEL; an existing one is only ever continued")
@@ -263,7 +259,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     clips = parser.add_argument_group("clips").add_argument
     clips("--batch-size", type=positive, help="clips a process takes at a time; the paper's 8 are 4 GPUs x 2")
     clips("--dilation", type=positive, nargs="+", default=OFFSETS, metavar="N", help="frames back to the references")
-    clips("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"), help="to fit frames into, in evaluation, too")
+    clips("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"), help="to fit frames into, always")
     clips("--scale-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="random factor on that; 1 1: as it is")
     clips("--crop", type=positive, nargs=2, metavar=("H", "W"), help="multiples of 32: memory and time depend on it")
 
@@ -281,7 +277,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
     model = parser.add_argument_group("MRCFA, and what it is without its parts").add_argument
     model("--reference-stride", type=int, choices=(16, 32), help="of reference tokens: 16 is finer, and slower")
-    model("--positive-kernels", action=argparse.BooleanOptionalAction, help="for SAR and MAA to begin with: learns faster")
+    model("--positive-kernels", action=argparse.BooleanOptionalAction, help="SAR and MAA begin with: learns faster")
     model("--keep-ratio", type=float, metavar="P", help="share of tokens that STM keeps, if not the paper's; 1: all")
     model("--no-refine", dest="refine", action="store_false", help="leave out SAR")
     model("--no-aggregate", dest="aggregate", action="store_false", help="leave out MAA: the finest scale alone")
@@ -357,7 +353,8 @@ def train(args: argparse.Namespace):
         run.save("last.pt")  # from here on there is something to resume
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):
-            stack.callback(signal.signal, number, signal.signal(number, run.note_signal))
+            # The training ends when its step is done; the handler from before comes back at the end.
+            stack.callback(signal.signal, number, signal.signal(number, lambda n, _: setattr(run, "signal", n)))
         run.train(clips, val)
     if run.rank == 0:
         for video in (video.up_to_label() for video in val[:PICTURED]):
