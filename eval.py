@@ -312,7 +312,7 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], pla
     for path, image, (features, fused) in zip(frames, images, encoded[:-1]):
         reference = model.reference(features, F.avg_pool2d(fused, 2))
         kept, *keys, _ = model.keep(queries, reference)
-        steps = {f"A{l}, stride {2 ** (l + 1)}": product(queries[l - 2].q, keys[l - 2]) for l in (4, 3, 2)}
+        steps = {f"A{l} (target stride {2 ** (l + 1)})": product(queries[l - 2].q, keys[l - 2]) for l in (4, 3, 2)}
         steps |= {f"SAR: G{l}(A{l})": g.of_product(queries[l - 2], keys[l - 2])
                   for l, g in ((4, sar.g4), (3, sar.g3), (2, sar.g2))}
         steps |= {"MAA: M2": sar(queries, keys), "B: what is read": model.attend(queries, reference)[0]}
@@ -327,8 +327,8 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], pla
                      **{name: heat(values, image) for name, values in of_grid.items()}})
     token = int(found["B: what is read"].argmax())
     row, column = divmod(int(kept[0, token]), w)
-    rows.append({"target": target, "its token most read": ringed(image, (column + 0.5) / w, (row + 0.5) / h),
-                 "seen from this token:": Image.new("RGB", target.size, "white"),
+    rows.append({"target": target, "its most-read token": ringed(image, (column + 0.5) / w, (row + 0.5) / h),
+                 "as seen from this token:": Image.new("RGB", target.size, "white"),
                  **{name: heat(of[token], target) for name, of in images_of.items()}})
     return tile([panel(picture, title) for title, picture in row.items()] for row in rows)
 

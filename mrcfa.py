@@ -5,15 +5,15 @@ reference frames answer (keys K, values V), each by itself:
 
     cross-frame affinities                 A^l = Q^l (K^l)^T at l = 2, 3, 4 (strides 8, 16, 32): for each token of the
                                            reference an image, its affinities to all positions of the *target*
-    STM, selective token masking           drops the tokens that matter least by A^4, at every scale the same ones: MAA
-                                           adds up the images of *one* token
+    STM, selective token masking           drops the tokens that matter least by A^4, at every scale the same ones,
+                                           because MAA adds up the images of *one* token
     SAR, single-scale affinity refinement  2-D convolutions G^l over each token's image, with the same weights
     MAA, multi-scale affinity aggregation  M^3 = G^43(up(G^4(A^4)) + G^3(A^3)), M^2 = G^32(up(M^3) + G^2(A^2))
     reconstruction                         O = mean_i B_i V_i + the target's F_hat; B_i = softmax(M^2) over i's tokens
 
-Letters: B clips of T frames, K classes; the encoder's F_1 ... F_4 of C_l channels, n_l = h_l w_l positions; SegFormer's
-fused F at stride 4 (`fused`) and F_hat, the same at stride 8 (`own`), of which a reference's values V are made; its N
-tokens on a grid of stride r, m of them kept. `up`, the paper's Gamma, resizes images to a finer grid.
+The encoder's F_1 ... F_4 have C_l channels and n_l = h_l w_l positions. SegFormer's fused F is at stride 4 (`fused`),
+F_hat the same at stride 8 (`own`); V is made of a reference's F_hat. A reference has N tokens, on one grid of stride r
+at every scale, of which m are kept. `up` is the paper's Gamma. In shapes, B is clips, T frames a clip, K classes.
 """
 import re
 from collections import deque
@@ -35,7 +35,7 @@ FRAME_LOSS_WEIGHT = 0.5        # of the per-frame logits beside the clip's
 def reference_indices(t: int, offsets: Sequence[int] = OFFSETS) -> list[int]:
     """Frames that target `t` of a video refers to, oldest first; none while fewer than T frames exist.
 
-    Up to the largest offset the history is spread evenly over what there is, from frame 0 on.
+    Up to the largest offset the references are spread evenly over what there is, from frame 0 on.
     """
     if t < len(offsets):
         return []
@@ -44,13 +44,13 @@ def reference_indices(t: int, offsets: Sequence[int] = OFFSETS) -> list[int]:
     return [t - offset for offset in offsets]
 
 
-def tokens(x: Tensor) -> Tensor:
+def as_sequence(x: Tensor) -> Tensor:
     """A feature map as a sequence: (B, C, h, w) -> (B, h w, C)."""
     return x.flatten(2).transpose(1, 2)
 
 
 def as_image(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The other way round: (B, h w, C) -> a channels-last (B, C, h, w)."""
+    """The other way round: (B, h w, C) -> (B, C, h, w), in channels-last memory format."""
     return x.unflatten(1, tuple(size)).permute(0, 3, 1, 2)
 
 
@@ -77,7 +77,7 @@ class Reference(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What target frames ask at one scale l, and the same as SAR prepares it, once for all references."""
+    """What target frames ask at one scale l: as it is, and prepared for SAR once for all references."""
     q: Tensor           # Q^l (B, C_l, h_l, w_l)
     convolved: Tensor   # Q^l after G^l's first convolution, centred
     covariance: Tensor  # of that, between channels (B, C_l, C_l)
@@ -101,7 +101,7 @@ class AffinityRefinement(nn.Module):
         self.norms: Any = nn.ModuleList(nn.GroupNorm(1, c_out) for _, c_out, _ in layers)
 
     def convolve(self, i: int, x: Tensor, m: int) -> Tensor:
-        """Layer i's convolution of m images with the same weights: a group for each, channels last, as Q K^T is."""
+        """Layer i's convolution of m images with the same weights: a group for each (fast in channels-last format)."""
         conv, c = self.convs[i], self.convs[i].in_channels
         weight, bias = conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m)
         if c > conv.out_channels:  # 2 -> 1: on CPUs it is faster to convolve every channel by itself, and then sum
@@ -117,16 +117,16 @@ class AffinityRefinement(nn.Module):
 
     def prepare(self, q: Tensor) -> Query:
         """Queries Q (B, C, h, w), ready for `of_product`."""
-        x = self.convolve(0, q, q.shape[1]) if self.convs else q
+        x = self.convolve(0, q, q.shape[1]) if self.convs else q                                 # of its C images
         x = x - x.mean((2, 3), keepdim=True)
-        return Query(q, x, tokens(x).mT @ tokens(x) / x[0, 0].numel())
+        return Query(q, x, as_sequence(x).mT @ as_sequence(x) / x[0, 0].numel())
 
     def of_product(self, query: Query, keys: Tensor) -> Tensor:
-        """self(Q K^T) for keys K (B, m, C): (B, m c_out, h, w), without Q K^T.
+        """self(Q K^T) for keys K (B, m, C): (B, m c_out, h, w), without ever forming Q K^T.
 
-        Convolutions act on positions and Q K^T on channels, so they commute: convolve the C images of Q, not the m of
-        A; the bias goes with the mean, which GroupNorm (of the one channel out) takes away. And the image of key k has
-        the variance k^T cov(Q) k: GroupNorm is a scale of keys.
+        The first convolution acts on positions and Q K^T on channels, so they commute: convolve the C images of Q, not
+        the m of A; its bias vanishes with the mean, which GroupNorm (of the one channel out) takes away. Of the images
+        that result, key k's has the variance k^T cov(convolved Q) k: GroupNorm only rescales keys.
         """
         if not self.convs:
             return product(query.q, keys)
@@ -168,7 +168,7 @@ class MRCFA(nn.Module):
 
     In evaluation: clip (B, T, 3, H, W), oldest frame first and target last -> the target's logits (B, K, H/4, W/4);
     a clip shorter than T gets the last frame's SegFormer logits. In training: -> (frame_logits, clip_logits), both
-    (B, T, K, H/4, W/4): SegFormer's for every frame, and the target's out of each reference alone and, last, of all.
+    (B, T, K, H/4, W/4): SegFormer's for every frame; the target's from each reference's O_i alone and, last, from O.
 
     `offsets` say how far back the T-1 references of a video lie; `keep_ratio=None` is the paper's p for the variant, 1
     keeps all tokens (no STM); `refine=False` and `aggregate=False` leave out SAR and MAA.
@@ -195,7 +195,7 @@ class MRCFA(nn.Module):
         self.reduce3 = nn.Conv2d(c3, c3, reference_stride // 16, reference_stride // 16)
         self.value = nn.Conv2d(EMBED_DIM, EMBED_DIM, reference_stride // 8, reference_stride // 8)
         self.aggregation = AffinityAggregation(variant, refine, aggregate)
-        if not aggregate:  # what the coarser scales are left for is STM, which has no gradient
+        if not aggregate:  # stage 3 has no use then, and stage 4 only in STM, which has no gradient
             nn.ModuleList([self.query3, self.key3, self.reduce3, self.query4, self.key4]).requires_grad_(False)
         self.auxiliary_classifiers = nn.ModuleList(classifier(EMBED_DIM, num_classes) for _ in offsets)
         self.classifier = classifier(EMBED_DIM, num_classes)
@@ -232,35 +232,35 @@ class MRCFA(nn.Module):
         return features, self.segformer.head(features)
 
     def reference(self, features: Sequence[Tensor], own: Tensor) -> Reference:
-        """Keys and values of frames, from those frames alone: [F_1 ... F_4], and F at stride 8 (B, 256, h_2, w_2)."""
+        """Keys and values of frames, from those frames alone: their [F_1 ... F_4], and F_hat (B, 256, h_2, w_2)."""
         _, f2, f3, f4 = features
-        return Reference(self.key2(tokens(self.reduce2(f2))), self.key3(tokens(self.reduce3(f3))),
-                         self.key4(tokens(f4)), tokens(self.value(own)))
+        return Reference(self.key2(as_sequence(self.reduce2(f2))), self.key3(as_sequence(self.reduce3(f3))),
+                         self.key4(as_sequence(f4)), as_sequence(self.value(own)))
 
     def queries(self, features: Sequence[Tensor]) -> list[Query]:
         """The queries of target frames at l = 2, 3, 4, from their [F_1 ... F_4]."""
         sar, maps = self.aggregation, full_precision(*features[1:])
         layers = (self.query2, sar.g2), (self.query3, sar.g3), (self.query4, sar.g4)
         with torch.autocast(maps[0].device.type, enabled=False):
-            return [g.prepare(as_image(query(tokens(f)), f.shape[-2:])) for (query, g), f in zip(layers, maps)]
+            return [g.prepare(as_image(query(as_sequence(f)), f.shape[-2:])) for (query, g), f in zip(layers, maps)]
 
     def segment(self, features: Sequence[Tensor], own: Tensor, references: Sequence[Reference]) -> Tensor:
-        """The target's logits (B, K, H/4, W/4) from its [F_1 ... F_4], its F at stride 8, and its T-1 references."""
+        """The target's logits (B, K, H/4, W/4) from its [F_1 ... F_4], its F_hat, and its T-1 references."""
         queries, logits = self.queries(features), self.classifier(own)                           # (B, K, h_2, w_2)
         weight = next(self.classifier.parameters()).flatten(1)                                   # W (K, 256)
         for reference in references:
             attention, values = self.attend(queries, reference)
-            # The classifier is linear: W (mean_i B_i V_i + F) = sum_i B_i (V_i W^T / (T-1)) + W F, with K columns to
-            # read out of each reference instead of 256.
+            # The classifier is linear: (mean_i B_i V_i + F_hat) W^T = sum_i B_i (V_i W^T / (T-1)) + F_hat W^T, with
+            # as many columns to read out of each reference as there are classes, instead of 256.
             logits = logits + product(attention, (values @ weight.T / len(references)).mT)
         return self.upsample(logits.contiguous())  # on CPUs a channels-last map of many classes is slow
 
     def attend(self, queries: Sequence[Query], reference: Reference) -> tuple[Tensor, Tensor]:
-        """Where the target reads in one reference: weights B (B, m, h_2, w_2) of the kept values V (B, m, 256)."""
+        """Where the target reads in one reference: B_i, (B, m, h_2, w_2), and the kept values V_i (B, m, 256)."""
         with torch.autocast(reference.value.device.type, enabled=False):
             _, *keys, values = self.keep(queries, reference)
             m2 = self.aggregation(queries, keys)
-            return as_image(tokens(m2).softmax(-1), m2.shape[-2:]), values
+            return as_image(as_sequence(m2).softmax(-1), m2.shape[-2:]), values                  # over the m tokens
 
     def keep(self, queries: Sequence[Query], reference: Reference) -> tuple[Tensor, ...]:
         """The tokens of a reference that STM keeps: where they are (B, m), their K^2, K^3, K^4 and V (B, m, C)."""
@@ -268,7 +268,7 @@ class MRCFA(nn.Module):
         q4 = queries[2].q
         kept = self.selective_token_masking(product(q4, key4))
         # For r = 16 the paper resizes A^4 over the reference's tokens; as A^4 = Q^4 (K^4)^T, that is to resize K^4.
-        key4 = tokens(self.resize(as_image(key4, q4.shape[-2:])))                                # (B, N, C_4)
+        key4 = as_sequence(self.resize(as_image(key4, q4.shape[-2:])))                                # (B, N, C_4)
         return kept, *(x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])) for x in (key2, key3, key4, value))
 
     def selective_token_masking(self, a4: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ class MRCFA(nn.Module):
         """
         grid, a4 = a4.shape[-2:], a4.flatten(2)
         importance = a4.topk(min(IMPORTANCE_TOP, a4.shape[2])).values.sum(-1)                    # (B, n_4)
-        importance = self.resize(importance.unflatten(1, grid)[:, None]).flatten(1)              # (B, N)
+        importance = self.resize(importance.unflatten(1, grid)[:, None]).flatten(1)              # sums, not A^4: (B, N)
         return importance.topk(max(1, int(self.keep_ratio * importance.shape[1]))).indices
 
     def stream(self) -> "Stream":
