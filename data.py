@@ -68,7 +68,7 @@ class Video:
     name: str
     frames: Sequence[Path]
     masks: Sequence[Path | None]
-    offsets: tuple[int, ...] = ()  # where the references are in `frames`, if that isn't up to the model
+    offsets: tuple[int, ...] = ()  # of the references from a target in `frames`, if that isn't up to the training
 
     def up_to_label(self) -> "Video":
         """The part that ends with the last labelled frame; played backwards if nothing comes before that."""

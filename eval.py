@@ -145,10 +145,7 @@ def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
                   amp: str | None = None) -> Iterator[np.ndarray]:
     """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size."""
     device = next(model.parameters()).device
-    network: Callable[[Tensor], Tensor] = lambda frame: model(frame[None])[0]
-    if isinstance(model, MRCFA):
-        network = stream = model.stream()
-        stream.offsets = video.offsets or stream.offsets
+    network = model.stream() if isinstance(model, MRCFA) else lambda frame: model(frame[None])[0]
     for image in read_frames(video.frames):
         with torch.no_grad(), autocast(device, amp):
             x = network_input(image, frame_size).to(device)
