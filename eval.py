@@ -590,6 +590,7 @@ def explain_pixel(args: argparse.Namespace):
     if x >= width or y >= height:
         raise DataError(f"--explain {x} {y}: the frame is {width}x{height}")
     path = args.pictures / f"{name}_{t}_{x}_{y}.png"
+    refuse_to_overwrite(path)
     chosen = [frames[i] for i in (*reference_indices(t, model.offsets), t)]
     write_image(explain(model, chosen, config["frame_size"], (x, y)), path)
     print(f"{path} shows what frame {t} finds at ({x}, {y})")
@@ -623,7 +624,7 @@ def main():
     """Do what the command line says."""
     args = parse_args()
     for path in (args.save, args.json, args.overlay, args.pictures):
-        if path:
+        if path and not args.explain:
             refuse_to_overwrite(path)
     if args.benchmark:
         return benchmark(args)

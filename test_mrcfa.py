@@ -781,7 +781,7 @@ def test_without_arguments_it_makes_videos_trains_and_shows_pictures(few_synthet
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_training_ends_where_an_unbroken_one_does(workers, videos, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    args = ["--data", videos, "--iters", 4, "--save-every", 2, *SMALL, "--workers", workers]
+    args = ["--data", videos, "--iters", 4, "--save-every", 2, *SMALL, "--workers", workers, "--log-every", 3]
     assert run(training, monkeypatch, *args, "--out", whole) == 0
     with monkeypatch.context() as patch:
         calls = iter(range(3))  # the fourth iteration never happens
@@ -971,6 +971,8 @@ def test_two_checkpoints_side_by_side_and_one_pixel_explained(videos, tmp_path, 
     for path in both:
         out = tmp_path / f"explained {path.stem}"
         assert run(evaluation, monkeypatch, "--checkpoint", path, "--data", videos, "--explain", "v", 12, 95, 0, "--pictures", out) == 0
+        assert run(evaluation, monkeypatch, "--checkpoint", path, "--data", videos, "--explain", "v", 12, 95, 0, "--pictures", out) == 2
+        assert "v_12_95_0.png: exists already" in capsys.readouterr().err
         with Image.open(out / "v_12_95_0.png") as picture:
             assert picture.size == (11 * 204, 4 * 155)
     for place, message in ((("v", 2, 0, 0), "a frame from 3 to 17"), (("v", 12, 96, 0), "96x64"), (("v", "x", 0, 0), "three whole numbers")):

@@ -47,7 +47,7 @@ SYNTHETIC = Path("data/synthetic")
 BETAS = (0.9, 0.999)      # of AdamW
 WARMUP_START = 1e-6       # the share of the learning rate that the warm-up begins with
 PLACE = ("out", "resume", "device")  # arguments that belong to where a run happens, and aren't resumed
-PROGRESS = ("iteration", "evaluated", "best", "lines")  # what a run knows beside its networks: see Run
+PROGRESS = ("iteration", "evaluated", "best", "losses", "lines")  # what a run knows beside its networks: see Run
 
 
 def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -102,6 +102,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
         self.signal = 0
         self.iteration, self.evaluated, self.best = 0, 0, -1.0  # `evaluated`: when that was, last
+        self.losses: list[float] = []                           # since the log's last line
         self.lines: list[str] = []                              # of the log
 
     def resume(self, checkpoint: dict):
@@ -193,7 +194,7 @@ class Run:
         batches = iter(DataLoader(clips, args.batch_size, sampler=self.samples(self.iteration, args.iters),
                                   num_workers=args.workers, worker_init_fn=ignore_interrupts,
                                   pin_memory=args.device.type == "cuda"))
-        losses, since = [], time.time()
+        since, first = time.time(), self.iteration
         with tqdm(total=args.iters, initial=self.iteration, desc=args.model, unit="it", dynamic_ncols=True,
                   disable=self.rank > 0) as bar:
             while True:
@@ -201,24 +202,25 @@ class Run:
                 due = last or args.eval_every and self.iteration % args.eval_every == 0
                 if due and self.evaluated < self.iteration:
                     self.evaluate(val)
-                    since = time.time()
+                    since, first = time.time(), self.iteration
                 if last:
                     return
                 own_loss = self.step(network, batches)
                 loss, stop = self.agree(own_loss)
                 if not math.isfinite(loss):
                     self.stop_at_bad_loss(own_loss, clips)
-                losses.append(loss)
+                self.losses.append(loss)
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
                 self.iteration += 1
                 lr = self.optimizer.param_groups[0]["lr"]
                 bar.update()
-                bar.set_postfix(loss=f"{np.mean(losses):.3f}", lr=f"{lr:.1e}")
+                bar.set_postfix(loss=f"{np.mean(self.losses):.3f}", lr=f"{lr:.1e}")
                 if self.iteration % args.log_every == 0 or self.iteration == args.iters:
-                    speed = len(losses) * args.batch_size * args.accumulate * self.processes / (time.time() - since)
-                    self.log(loss=float(np.mean(losses)), lr=lr, clips_per_second=round(speed, 3))
-                    losses, since = [], time.time()
+                    clips_done = (self.iteration - first) * args.batch_size * args.accumulate * self.processes
+                    speed = round(clips_done / (time.time() - since), 3)
+                    self.log(loss=float(np.mean(self.losses)), lr=lr, clips_per_second=speed)
+                    self.losses, since, first = [], time.time(), self.iteration
                 if stop or self.iteration % args.save_every == 0 or self.iteration == args.iters:
                     self.save("last.pt")
                 if stop:
@@ -338,8 +340,10 @@ def train(args: argparse.Namespace):
         for conv in (module for module in model.aggregation.modules() if isinstance(module, nn.Conv2d)):
             conv.weight.data.abs_()
     if args.pretrained and not args.resume:
+        with errors_named("--pretrained "):
+            weights = read_checkpoint(args.pretrained)
         with errors_named(f"--pretrained {args.pretrained}: "):
-            load_weights(model, read_checkpoint(args.pretrained))
+            load_weights(model, weights)
     if dist.is_initialized() and args.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     run = Run(args, config, model.to(args.device))
