@@ -268,7 +268,7 @@ class MRCFA(nn.Module):
         q4 = queries[2].q
         kept = self.selective_token_masking(product(q4, key4))
         # For r = 16 the paper resizes A^4 over the reference's tokens; as A^4 = Q^4 (K^4)^T, that is to resize K^4.
-        key4 = as_sequence(self.resize(as_image(key4, q4.shape[-2:])))                                # (B, N, C_4)
+        key4 = as_sequence(self.resize(as_image(key4, q4.shape[-2:])))                           # (B, N, C_4)
         return kept, *(x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])) for x in (key2, key3, key4, value))
 
     def selective_token_masking(self, a4: Tensor) -> Tensor:

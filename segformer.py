@@ -169,9 +169,9 @@ class SegFormerHead(nn.Module):
         if not self.norm.training:  # with fixed statistics BatchNorm is a scale of W_fuse and a shift
             scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
             fuse, shift = scale[:, None] * fuse, self.norm.bias - scale * self.norm.running_mean
-        weights, shifts = reversed(fuse.chunk(4, dim=1)), (shift, 0, 0, 0)
-        out, *coarser = [F.conv2d(feature, (weight @ linear.weight)[..., None, None], weight @ linear.bias + shift)
-                         for feature, linear, weight, shift in zip(features, self.linears, weights, shifts)]
+        weights, extras = reversed(fuse.chunk(4, dim=1)), (shift, 0, 0, 0)
+        out, *coarser = [F.conv2d(feature, (weight @ linear.weight)[..., None, None], weight @ linear.bias + extra)
+                         for feature, linear, weight, extra in zip(features, self.linears, weights, extras)]
         for x in coarser:
             out += F.interpolate(x, out.shape[-2:], mode="bilinear")
         return F.relu_(self.norm(out) if self.norm.training else out)

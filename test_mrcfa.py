@@ -790,6 +790,8 @@ def test_resumed_training_ends_where_an_unbroken_one_does(workers, videos, tmp_p
     assert torch.load(broken / "last.pt", weights_only=True)["iteration"] == 2
     assert run(training, monkeypatch, "--resume", "--out", broken) == 0
     assert_same_run(whole, broken)
+    torch.save({"model": {}}, broken / "last.pt")
+    assert run(training, monkeypatch, "--resume", "--out", broken) == 2
 
 
 def assert_same_run(first: Path, second: Path):

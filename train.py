@@ -261,7 +261,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     clips = parser.add_argument_group("clips").add_argument
     clips("--batch-size", type=positive, help="clips a process takes at a time; the paper's 8 are 4 GPUs x 2")
     clips("--dilation", type=positive, nargs="+", default=OFFSETS, metavar="N", help="frames back to the references")
-    clips("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"), help="to fit frames into, always")
+    clips("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"),
+          help="scale frames to fit this, here and in evaluation; smaller is faster and coarser")
     clips("--scale-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="random factor on that; 1 1: as it is")
     clips("--crop", type=positive, nargs=2, metavar=("H", "W"), help="multiples of 32: memory and time depend on it")
 
@@ -279,7 +280,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 
     model = parser.add_argument_group("MRCFA, and what it is without its parts").add_argument
     model("--reference-stride", type=int, choices=(16, 32), help="of reference tokens: 16 is finer, and slower")
-    model("--positive-kernels", action=argparse.BooleanOptionalAction, help="SAR and MAA begin with: learns faster")
+    model("--positive-kernels", action=argparse.BooleanOptionalAction,
+          help="begin SAR's and MAA's convolutions with positive kernels, which learns faster; the paper's may invert")
     model("--keep-ratio", type=float, metavar="P", help="share of tokens that STM keeps, if not the paper's; 1: all")
     model("--no-refine", dest="refine", action="store_false", help="leave out SAR")
     model("--no-aggregate", dest="aggregate", action="store_false", help="leave out MAA: the finest scale alone")
@@ -288,7 +290,10 @@ def add_arguments(parser: argparse.ArgumentParser):
 def read_run(out: Path) -> dict:
     """The last checkpoint of a run."""
     with errors_named("can't resume: "):
-        return read_checkpoint(out / "last.pt")
+        checkpoint = read_checkpoint(out / "last.pt")
+        if not checkpoint.keys() >= {"args", "optimizer", "scaler", *PROGRESS}:
+            raise ValueError(f"{out / 'last.pt'} is of no run, or of an earlier version; use it as --pretrained")
+        return checkpoint
 
 
 def parse_args() -> argparse.Namespace:
