@@ -11,7 +11,7 @@ or Cityscapes' official folders, in which one frame of 30 is labelled:
     DIR/leftImg8bit_sequence/<split>/<city>/<city>_<sequence>_<frame>_leftImg8bit.png
     DIR/gtFine/<split>/<city>/<city>_<sequence>_<frame>_gtFine_labelIds.png (or labelTrainIds)
 
-Everything that a person can put right (a missing file, a label that doesn't exist) is a DataError of one line.
+What a person can put right (a missing file, a label that doesn't exist) is an OSError or ValueError of one line.
 """
 import math
 import tempfile
@@ -56,10 +56,6 @@ train motorcycle bicycle
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of them, in labelIds.png
 
 
-class DataError(ValueError):
-    """Data or arguments that their owner can put right; the message is one line that says where and how."""
-
-
 # ------------------------------------------------------------------------------------------------------ what is on disk
 
 @dataclass(frozen=True)
@@ -79,48 +75,37 @@ class Video:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that aren't blank, stripped."""
-    try:
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
 
 
 def read_classes(root: Path) -> list[str]:
     """The class names of a data folder in label order: Cityscapes' 19, those of classes.txt, or VSPW's 124."""
-    if (Path(root) / "gtFine").is_dir():
+    if (root / "gtFine").is_dir():
         return CITYSCAPES_CLASSES
-    path = Path(root) / "classes.txt"
-    classes = read_lines(path) if path.exists() else VSPW_CLASSES
+    classes = read_lines(root / "classes.txt") if (root / "classes.txt").exists() else VSPW_CLASSES
     if not 1 <= len(classes) < IGNORE:
-        raise DataError(f"{path}: {len(classes)} classes; a label map can hold 1 to {IGNORE - 1}")
+        raise ValueError(f"{root}/classes.txt: {len(classes)} classes; a label map can hold 1 to {IGNORE - 1}")
     return classes
 
 
 def read_split(root: Path, split: str, offsets: Sequence[int] = ()) -> list[Video]:
-    """The videos of a split, of Cityscapes just the frames at `offsets`. DataError names what is missing."""
-    root = Path(root)
+    """The videos of a split, of Cityscapes just the frames at `offsets`; the errors name what is missing."""
     if not root.is_dir():
-        raise DataError(f"{root}: no such data folder; give the one that holds {split}.txt and data/")
+        raise ValueError(f"{root}: no such data folder; give the one that holds {split}.txt and data/")
     if (root / "gtFine").is_dir():
         return read_cityscapes(root, split, offsets)
-    names = read_lines(root / f"{split}.txt")
-    if not names:
-        raise DataError(f"{root / split}.txt: names no video")
-    return [read_video(root, name, f"{split}.txt") for name in names]
-
-
-def read_video(root: Path, name: str, listed_in: str) -> Video:
-    """The frames and masks of DIR/data/<name>."""
-    folder = root / "data" / name
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such video, but {listed_in} names it")
-    frames = list_frames(folder / "origin")
-    masks = [folder / "mask" / f"{frame.stem}.png" for frame in frames]
-    present = set((folder / "mask").glob("*.png"))
-    missing = [mask for mask in masks if mask not in present]
-    if missing:
-        raise DataError(f"{missing[0]}: no such mask ({len(missing)} of this video's {len(masks)} are missing)")
-    return Video(name, frames, masks)
+    videos = []
+    for name in read_lines(root / f"{split}.txt"):
+        folder = root / "data" / name
+        frames = list_frames(folder / "origin", f", but {split}.txt names this video")
+        masks = [folder / "mask" / f"{frame.stem}.png" for frame in frames]
+        missing = sorted(set(masks) - set((folder / "mask").glob("*.png")))
+        if missing:
+            raise ValueError(f"{missing[0]}: no such mask ({len(missing)} of this video's {len(masks)} are missing)")
+        videos.append(Video(name, frames, masks))
+    if not videos:
+        raise ValueError(f"{root / split}.txt: names no video")
+    return videos
 
 
 def read_cityscapes(root: Path, split: str, offsets: Sequence[int]) -> list[Video]:
@@ -128,87 +113,75 @@ def read_cityscapes(root: Path, split: str, offsets: Sequence[int]) -> list[Vide
 
     A side on which one of them is missing is left out. Frames are found by their numbers, in their sequence.
     """
-    labels = sorted((root / "gtFine" / split).glob("*/*_gtFine_label*Ids.png"))
-    if not labels:
-        raise DataError(f"{root / 'gtFine' / split}: no <city>/*_gtFine_labelIds.png there")
     videos = {}
-    for label in labels:  # of two files for a frame, labelTrainIds comes last
+    for label in sorted((root / "gtFine" / split).glob("*/*_gtFine_label*Ids.png")):  # labelTrainIds come last, and win
         name = label.name.partition("_gtFine")[0]
         sequence, _, number = name.rpartition("_")
         folder = root / "leftImg8bit_sequence" / split / label.parent.name
-
-        def side(sign: int) -> list[Path]:
-            """The references before (-1) or after (1) the label, none unless all are there."""
-            paths = [folder / f"{sequence}_{int(number) + sign * offset:06d}_leftImg8bit.png" for offset in offsets]
-            return paths if all(path.exists() for path in paths) else []
-
-        target = folder / f"{name}_leftImg8bit.png"
-        if not target.exists():
-            raise DataError(f"{target}: no such frame, but {label} labels it")
-        before, after = side(-1), side(1)[::-1]
-        videos[name] = Video(name, [*before, target, *after], [None] * len(before) + [label] + [None] * len(after),
-                             tuple(range(len(offsets), 0, -1)))
+        sides = [[folder / f"{sequence}_{int(number) + sign * offset:06d}_leftImg8bit.png" for offset in offsets]
+                 for sign in (-1, 1)]
+        before, after = (side if all(path.exists() for path in side) else [] for side in sides)
+        frames = [*before, folder / f"{name}_leftImg8bit.png", *after[::-1]]
+        masks = [label if frame.name.startswith(name) else None for frame in frames]
+        videos[name] = Video(name, frames, masks, tuple(range(len(offsets), 0, -1)))
+    if not videos:
+        raise ValueError(f"{root / 'gtFine' / split}: no <city>/*_gtFine_labelIds.png there")
     return list(videos.values())
 
 
-def list_frames(folder: Path) -> list[Path]:
+def list_frames(folder: Path, why: str = "") -> list[Path]:
     """The frames in a folder, in the order of their names."""
     frames = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in FRAME_SUFFIXES)
     if not frames:
-        raise DataError(f"{folder}: no such folder, or no frames in it ({', '.join(FRAME_SUFFIXES)})")
+        raise ValueError(f"{folder}: no such folder, or no frames in it ({', '.join(FRAME_SUFFIXES)}){why}")
     for first, second in zip(frames, frames[1:]):
         if first.stem == second.stem:
-            raise DataError(f"{first}: {second.name} has the same name, and would get the same mask; remove one")
+            raise ValueError(f"{first}: {second.name} has the same name, and would get the same mask; remove one")
     return frames
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file, decoded; DataError where that fails."""
+    """An image file, decoded; ValueError where that fails."""
     try:
         with Image.open(path) as image:
             image.load()
             return image
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); replace it") from None
+        raise ValueError(f"{path}: not a readable image ({getattr(error, 'strerror', None) or error}); replace it") from None
 
 
 def read_frames(paths: Iterable[Path]) -> Iterator[Image.Image]:
-    """The frames of one video as RGB; DataError where one can't be read or isn't of the first one's size."""
+    """The frames of one video as RGB; ValueError where one can't be read or isn't of the first one's size."""
     size = None
     for path in paths:
         image = read_image(path).convert("RGB")
         size = size or image.size
         if image.size != size:
-            raise DataError(f"{path}: {image.width}x{image.height}, but other frames of this video are "
-                            f"{size[0]}x{size[1]}")
+            raise ValueError(f"{path}: {image.size}, but other frames of this video are {size} (width, height)")
         yield image
 
 
 def read_index_map(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A single-channel 8-bit image of the given (width, height)."""
+    """A single-channel 8-bit image of the given (width, height); a palette's indices are the values themselves."""
     image = read_image(path)
-    if image.mode not in ("L", "P"):
-        raise DataError(f"{path}: mode {image.mode}; masks are 8-bit single-channel (L or P) images")
-    if image.size != size:
-        raise DataError(f"{path}: {image.width}x{image.height}, but its frame is {size[0]}x{size[1]} (width x height)")
-    return image
+    if image.mode not in ("L", "P") or image.size != size:
+        raise ValueError(f"{path}: {image.size} in mode {image.mode}; a mask has its frame's size, here {size}, and is "
+                         "an 8-bit single-channel image (mode L or P)")
+    return Image.frombuffer("L", image.size, image.tobytes())
 
 
 def read_labels(path: Path, size: tuple[int, int], num_classes: int) -> Image.Image:
     """A label map of the given (width, height) with the classes as 0 ... K-1 and everything ignored as 255."""
     image = read_index_map(path, size)
-    image = Image.frombuffer("L", image.size, image.tobytes())  # a palette's indices are the labels themselves
     values: Sequence[int] = range(1, num_classes + 1)
     if path.name.endswith("_gtFine_labelIds.png"):
         values = CITYSCAPES_IDS
     elif path.name.endswith("_gtFine_labelTrainIds.png"):
         values = range(num_classes)
-    wrong = [value for value, count in enumerate(image.histogram()) if count and max(values) < value < IGNORE]
-    if wrong:
-        raise DataError(f"{path}: label {wrong[0]}, but there are {num_classes} classes "
-                        f"({values[0]} ... {values[-1]}; 0 and 255 are ignored)")
+    highest = max((value for value, count in enumerate(image.histogram()[:IGNORE]) if count), default=0)
+    if highest > max(values):
+        raise ValueError(f"{path}: label {highest}, but there are {num_classes} classes "
+                         f"({values[0]} ... {values[-1]}; 0 and 255 are ignored)")
     return image.point([values.index(value) if value in values else IGNORE for value in range(256)])
 
 
@@ -238,71 +211,58 @@ class ClipDataset(torch.utils.data.Dataset):
     """Random training clips: item i -> (images (T, 3, h, w) float32, labels (T, h, w) int64, 255 = ignored).
 
     Labels are (h, w) where the target, the last frame, is the only one that has them. There is no end to the items;
-    len(videos) in a row are an epoch, one clip of each video. Item i depends on (seed, i) alone. Raises DataError where
+    len(videos) in a row are an epoch, one clip of each video. Item i depends on (seed, i) alone. Raises ValueError where
     no video is long enough for `offsets`; shorter ones are left out, in `too_short`.
     """
 
-    def __init__(self, videos: list[Video], num_classes: int, offsets: Sequence[int], crop: tuple[int, int],
+    def __init__(self, videos: list[Video], num_classes: int, offsets: Sequence[int], crop: Sequence[int],
                  frame_size: Sequence[int] = FRAME_SIZE, scale_range: Sequence[float] = (0.5, 2.0), seed: int = 0):
-        self.offsets = tuple(offsets)
-        self.videos = [video for video in videos if any(self.targets(video))]
+        self.num_classes, self.offsets, self.crop = num_classes, offsets, crop
+        self.frame_size, self.scale_range, self.seed = frame_size, scale_range, seed
+        self.videos = [video for video in videos if any(targets for _, targets in self.ways(video))]
         self.too_short = len(videos) - len(self.videos)
         if not self.videos:
-            raise DataError(f"none of the {len(videos)} training videos is longer than the largest offset, "
-                            f"{max(offsets)} frames; give smaller offsets (--dilation)")
-        self.num_classes, self.crop = num_classes, tuple(crop)
-        self.frame_size, self.scale_range, self.seed = tuple(frame_size), scale_range, seed
+            raise ValueError(f"none of the {len(videos)} training videos is longer than the largest offset, "
+                             f"{max(offsets)} frames; give smaller offsets (--dilation)")
 
-    def targets(self, video: Video) -> tuple[list[int], list[int]]:
-        """Which frames can be targets, labelled and with all references, in a video and in it played backwards."""
+    def ways(self, video: Video) -> list[tuple[Video, list[int]]]:
+        """A video as it is and backwards, each with the frames that can be targets: labelled, with all references."""
+        both = video, replace(video, frames=video.frames[::-1], masks=video.masks[::-1])
         first = max(video.offsets or self.offsets)
-        forwards, backwards = ([t for t, mask in enumerate(masks) if mask and t >= first]
-                               for masks in (video.masks, video.masks[::-1]))
-        return forwards, backwards
+        return [(way, [t for t, mask in enumerate(way.masks) if mask and t >= first]) for way in both]
 
     def choose(self, index: int) -> tuple[list[Path], list[Path | None], np.random.Generator]:
         """Item i's frames and masks, target last, and the random numbers for its augmentation."""
         epoch, place = divmod(index, len(self.videos))
         video = self.videos[np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.videos))[place]]
         rng = np.random.default_rng((self.seed, 1, index))
-        targets = self.targets(video)
-        chosen, backwards = rng.integers(max(map(len, targets))), rng.random() < 0.5
-        if not targets[backwards]:
-            backwards = not backwards
-        target, way = targets[backwards][chosen % len(targets[backwards])], -1 if backwards else 1
-        frames, masks = video.frames[::way], video.masks[::way]
-        clip = [target - offset for offset in (*(video.offsets or self.offsets), 0)]
-        return [frames[t] for t in clip], [masks[t] for t in clip], rng
+        ways = self.ways(video)
+        chosen, backwards = rng.integers(max(len(targets) for _, targets in ways)), rng.random() < 0.5
+        way, targets = ways[backwards] if ways[backwards][1] else ways[not backwards]
+        clip = [targets[chosen % len(targets)] - offset for offset in (*(video.offsets or self.offsets), 0)]
+        return [way.frames[t] for t in clip], [way.masks[t] for t in clip], rng
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         paths, masks, rng = self.choose(index)
         frames = list(read_frames(paths))
         labels = [read_labels(mask, frames[0].size, self.num_classes) for mask in masks if mask]
-        images, targets = self.augment(frames, labels, rng)
-        return images, targets if len(labels) == len(frames) else targets[-1]
-
-    def augment(self, frames: list[Image.Image], labels: list[Image.Image],
-                rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Scale, crop and flip all frames alike, distort the colours of each; normalise and pad to the crop's size."""
-        low, high = self.scale_range
-        factor = rng.uniform(low, high)
+        # Scale, crop and flip all frames alike, distort the colours of each; normalise, and pad to the crop's size.
+        factor = rng.uniform(*self.scale_range)
         size = fit(frames[0].size, self.frame_size[0] * factor, self.frame_size[1] * factor)
-        crop, box = self.choose_crop(labels[-1], size, rng)
+        (width, height), box = self.choose_crop(labels[-1], size, rng)
         flip = rng.random() < 0.5
-        images = torch.zeros(len(frames), 3, *self.crop)
-        targets = torch.full((len(labels), *self.crop), IGNORE)
+        images, targets = torch.zeros(len(frames), 3, *self.crop), torch.full((len(labels), *self.crop), IGNORE)
 
         def cut(image: Image.Image, how: Image.Resampling) -> Image.Image:
-            """The crop of an image, scaled and flipped."""
-            image = image.resize(crop, how, box)  # nothing outside the crop is ever scaled
+            image = image.resize((width, height), how, box)  # nothing outside the crop is ever scaled
             return ImageOps.mirror(image) if flip else image
 
         for image, frame in zip(images, frames):
             frame = photometric_distortion(cut(frame, Image.Resampling.BILINEAR), rng)
-            image[:, :crop[1], :crop[0]] = (torch.from_numpy(np.array(frame)).permute(2, 0, 1) - MEAN) / STD
+            image[:, :height, :width] = (torch.from_numpy(np.array(frame)).permute(2, 0, 1) - MEAN) / STD
         for target, label in zip(targets, labels):
-            target[:crop[1], :crop[0]] = torch.from_numpy(np.array(cut(label, Image.Resampling.NEAREST)))
-        return images, targets
+            target[:height, :width] = torch.from_numpy(np.array(cut(label, Image.Resampling.NEAREST)))
+        return images, targets if len(labels) == len(frames) else targets[-1]
 
     def choose_crop(self, label: Image.Image, size: tuple[int, int], rng: np.random.Generator):
         """A crop of the frame scaled to `size`: its (width, height), and its box in the unscaled frame."""
@@ -319,22 +279,15 @@ class ClipDataset(torch.utils.data.Dataset):
 
 def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast, saturation and hue, each changed with p = 0.5, contrast before the other two or after."""
-    def coin() -> bool:
-        """True half the time."""
-        return rng.random() < 0.5
-
-    def curve(values: np.ndarray) -> list[int]:
-        """256 values as a look-up table."""
+    def curve(values: np.ndarray) -> list[int]:  # whatever acts on each value by itself is a table of 256 entries
         return values.clip(0, 255).round().astype(int).tolist()
 
     levels = np.arange(256.0)
-    bright = levels + (rng.uniform(-BRIGHTNESS, BRIGHTNESS) if coin() else 0)
-    contrast = rng.uniform(*CONTRAST) if coin() else 1
-    contrast_first = coin()
-    saturation = rng.uniform(*SATURATION) if coin() else 1
-    hue = rng.uniform(-HUE, HUE) if coin() else 0
-
-    # Whatever acts on each value by itself is a look-up table of 256 entries.
+    bright = levels + (rng.uniform(-BRIGHTNESS, BRIGHTNESS) if rng.random() < 0.5 else 0)
+    contrast = rng.uniform(*CONTRAST) if rng.random() < 0.5 else 1
+    contrast_first = rng.random() < 0.5
+    saturation = rng.uniform(*SATURATION) if rng.random() < 0.5 else 1
+    hue = rng.uniform(-HUE, HUE) if rng.random() < 0.5 else 0
     image = image.point(curve(bright.clip(0, 255) * (contrast if contrast_first else 1)) * 3)
     if saturation != 1 or hue != 0:
         turned = ((levels + 256 * hue).round() % 256).astype(int).tolist()
@@ -366,18 +319,17 @@ def write_synthetic(root: Path, seed: int = 0):
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}", dir=root.parent) as folder:
         made = Path(folder) / root.name
-        made.mkdir()
+        for number, (split, count) in enumerate(SYNTHETIC_VIDEOS.items()):
+            names = [f"{split}_{i:03d}" for i in range(count)]
+            for i, name in enumerate(tqdm(names, desc=f"making {root}", unit="video", dynamic_ncols=True)):
+                origin, mask = (made / "data" / name / kind for kind in ("origin", "mask"))
+                origin.mkdir(parents=True)
+                mask.mkdir()
+                for t, (frame, labels) in enumerate(synthetic_video(np.random.default_rng((seed, number, i)))):
+                    frame.save(origin / f"{t:05d}.jpg", quality=92)
+                    labels.save(mask / f"{t:05d}.png")
+            (made / f"{split}.txt").write_text("\n".join(names) + "\n")
         (made / "classes.txt").write_text("\n".join(SYNTHETIC_CLASSES) + "\n")
-        names = [(split, i, f"{split}_{i:03d}") for split, count in SYNTHETIC_VIDEOS.items() for i in range(count)]
-        for split in SYNTHETIC_VIDEOS:
-            (made / f"{split}.txt").write_text("".join(f"{name}\n" for of, _, name in names if of == split))
-        for split, i, name in tqdm(names, desc=f"making {root}", unit="video", dynamic_ncols=True):
-            for kind in ("origin", "mask"):
-                (made / "data" / name / kind).mkdir(parents=True)
-            rng = np.random.default_rng((seed, list(SYNTHETIC_VIDEOS).index(split), i))
-            for t, (frame, labels) in enumerate(synthetic_video(rng)):
-                frame.save(made / "data" / name / "origin" / f"{t:05d}.jpg", quality=92)
-                labels.save(made / "data" / name / "mask" / f"{t:05d}.png")
         if not root.exists():  # another process may have been faster
             made.rename(root)
 
@@ -387,8 +339,7 @@ def synthetic_video(rng: np.random.Generator) -> Iterator[tuple[Image.Image, Ima
     (width, height), margin = SYNTHETIC_SIZE, 40
     y, x = np.mgrid[:height, :width].astype(np.float32)
 
-    def noise(cell: int) -> np.ndarray:
-        """A smooth random texture in -1 ... 1, larger than the frame by the margins."""
+    def noise(cell: int) -> np.ndarray:  # a smooth random texture in -1 ... 1, larger than the frame by the margins
         size = width + 2 * margin, height + 2 * margin
         grains = rng.uniform(-1, 1, (size[1] // cell, size[0] // cell)).astype(np.float32)
         return np.array(Image.fromarray(grains).resize(size, Image.Resampling.BICUBIC))
@@ -433,11 +384,11 @@ def synthetic_video(rng: np.random.Generator) -> Iterator[tuple[Image.Image, Ima
 
 def spoil(picture: np.ndarray, moment: str, rng: np.random.Generator):
     """Do to a picture (Y, Cb, Cr) that is out of focus what else happens in that kind of bad moment."""
-    luma, height, width = picture[0], *picture.shape[1:]
+    height, width = picture.shape[1:]
     if moment == "dark":
-        luma *= 0.5
+        picture[0] *= 0.5
     elif moment == "bright":
-        luma *= 1.4
+        picture[0] *= 1.4
     elif moment == "noisy":
         picture += rng.normal(0, 15, picture.shape)
     elif moment == "shaken":
@@ -445,4 +396,4 @@ def spoil(picture: np.ndarray, moment: str, rng: np.random.Generator):
     else:
         y, x = np.ogrid[:height, :width]
         veil = 0.6 * np.exp(-((y - rng.uniform(0, height)) ** 2 + (x - rng.uniform(0, width)) ** 2) / 70 ** 2)
-        luma += veil * (245 - luma)
+        picture[0] += veil * (245 - picture[0])

@@ -6,14 +6,13 @@
 """
 import argparse
 import colorsys
-import contextlib
 import json
 import math
 import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,11 +25,11 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, DataError, Video, fit, list_frames, network_input,
-                  read_classes, read_frames, read_image, read_index_map, read_labels, read_split)
+from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, Video, fit, list_frames, network_input, read_classes,
+                  read_frames, read_image, read_index_map, read_labels, read_split)
 from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, product, reference_indices, rename_official
-from segformer import (MIT_VARIANTS, SegFormer, bands, bilinear_matrix, load_pretrained, load_strictly, read_checkpoint,
-                       read_state_dict)
+from segformer import (EMBED_DIM, MIT_VARIANTS, SegFormer, bands, bilinear_matrix, load_pretrained, load_strictly,
+                       read_checkpoint, read_state_dict, rename)
 
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
 MRCFA_ARGUMENTS = ("reference_stride", "keep_ratio", "refine", "aggregate", "offsets")
@@ -39,8 +38,9 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PICTURED = 3                   # videos of which there are pictures
 PANEL, SHEET_COLUMNS = 200, 8  # of pictures: the long side of a panel in pixels, moments of a video on a sheet
-PALETTE = [round(255 * value) for i in range(IGNORE)  # hues a golden ratio apart, three brightnesses; then black
-           for value in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + i % 3 / 5, 0.95 - i // 3 % 3 / 5)] + [0, 0, 0]
+WRONG = 254                    # a value that is no class, for the hatching of errors
+PALETTE = [round(255 * value) for i in range(WRONG)  # hues a golden ratio apart, three brightnesses; white; black
+           for value in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + i % 3 / 5, 0.95 - i // 3 % 3 / 5)] + 3 * [255] + 3 * [0]
 PAPER_FPS = {"b0": (73.4, 50.0), "b1": (58.7, 40.1), "b2": (39.2, 32.1), "b5": (17.2, 15.7)}  # SegFormer's and MRCFA's
 ROUNDS = 5                     # of the benchmark
 
@@ -64,14 +64,14 @@ class SegmentationMetrics:
             raise ValueError(f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} must both be "
                              "(frames, H, W)")
         k, confusion = self.num_classes, torch.zeros_like(self.confusion)
-        for t in range(len(labels)):
-            label, prediction = labels[t].long(), predictions[t].long()
+        for t, (label, prediction) in enumerate(zip(labels, predictions)):
             known = label != IGNORE
-            for name, values in ("label", label[known]), ("prediction", prediction):
-                wrong = values[(values < 0) | (values >= k)]
-                if len(wrong):
-                    raise ValueError(f"{name} {wrong[0]} in frame {t}: classes are 0 ... {k - 1}")
-            confusion += torch.bincount(k * label[known] + prediction[known], minlength=k * k).view(k, k)
+            label, prediction, everywhere = label[known].long(), prediction[known].long(), prediction
+            for name, values in ("label", label), ("prediction", everywhere):
+                if values.numel() and not 0 <= values.min() <= values.max() < k:
+                    raise ValueError(f"{name}s in frame {t}: {values.min()} ... {values.max()}, "
+                                     f"but classes are 0 ... {k - 1}")
+            confusion += torch.bincount(k * label + prediction, minlength=k * k).view(k, k)
         self.confusion += confusion
         if len(labels) > max(WINDOWS):
             self._add_consistencies(labels, predictions)
@@ -87,12 +87,6 @@ class SegmentationMetrics:
                 constant = label_run >= n
                 if t >= n - 1 and constant.any():
                     self.consistencies[n].append((prediction_run[constant] >= n).double().mean().item())
-
-    def merge(self, other: "SegmentationMetrics"):
-        """Add the videos of another one."""
-        self.confusion += other.confusion
-        for n, consistencies in other.consistencies.items():
-            self.consistencies[n] += consistencies
 
     def class_iou(self) -> Tensor:
         """IoU of each class (K,), NaN for a class that doesn't occur in the labels."""
@@ -136,18 +130,13 @@ def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequenc
     return torch.cat(masks).to(torch.uint8)
 
 
-def autocast(device: torch.device, amp: str | None) -> torch.autocast:
-    """Mixed precision for the network: "bf16", "fp16", or None for plain float32."""
-    return torch.autocast(device.type, AMP[amp] if amp else None, enabled=amp is not None)
-
-
 def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
                   amp: str | None = None) -> Iterator[np.ndarray]:
     """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size."""
     device = next(model.parameters()).device
     network = model.stream() if isinstance(model, MRCFA) else lambda frame: model(frame[None])[0]
     for image in read_frames(video.frames):
-        with torch.no_grad(), autocast(device, amp):
+        with torch.no_grad(), torch.autocast(device.type, AMP.get(amp), enabled=amp in AMP):
             x = network_input(image, frame_size).to(device)
             logits = network(x).float()
         yield decode_mask(logits, x.shape[-2:], image.size[::-1]).cpu().numpy()
@@ -159,8 +148,14 @@ def saved_masks(video: Video, folder: Path, num_classes: int) -> Iterator[np.nda
         mask_path = folder / video.name / f"{path.stem}.png"
         mask = np.array(read_index_map(mask_path, image.size)) if label else None
         if mask is not None and mask.max() >= num_classes:
-            raise DataError(f"{mask_path}: class {mask.max()}, but there are only 0 ... {num_classes - 1}")
+            raise ValueError(f"{mask_path}: class {mask.max()}, but there are only 0 ... {num_classes - 1}")
         yield mask
+
+
+def labelled_masks(predict: Callable[[Video], Iterable], video: Video) -> list[np.ndarray]:
+    """The masks that `predict` gives for the labelled frames of a video."""
+    video = video.up_to_label()
+    return [mask for mask, label in zip(predict(video), video.masks) if label]
 
 
 def evaluate(predict: Callable[[Video], Iterable], videos: list[Video], classes: Sequence[str],
@@ -187,15 +182,16 @@ def evaluate(predict: Callable[[Video], Iterable], videos: list[Video], classes:
                 if save:
                     write_image(coloured(mask), save / video.name / f"{frame.stem}.png")
                 if over:
-                    write_image(overlay(frame, mask, classes), over / video.name / f"{frame.stem}.jpg")
+                    image = Image.blend(read_image(frame).convert("RGB"), coloured(mask).convert("RGB"), 0.5)
+                    draw_legend(image, np.unique(mask), classes)
+                    write_image(image, over / video.name / f"{frame.stem}.jpg")
             if labels:
                 metrics.update(np.stack(labels), np.stack(masks))
     if processes > 1:
-        shares = [metrics] * processes
-        dist.all_gather_object(shares, metrics)
-        metrics = SegmentationMetrics(len(classes))
-        for share in shares:
-            metrics.merge(share)
+        shares: list[Any] = [None] * processes
+        dist.all_gather_object(shares, (metrics.confusion, metrics.consistencies))
+        metrics.confusion = torch.stack([confusion for confusion, _ in shares]).sum(0)
+        metrics.consistencies = {n: [share for _, of in shares for share in of[n]] for n in WINDOWS}
     return metrics
 
 
@@ -225,13 +221,6 @@ def draw_legend(image: Image.Image, present: Iterable[int], classes: Sequence[st
         draw.text((6, top), classes[k], "black", font)
 
 
-def overlay(frame: Path, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
-    """A frame with its mask's colours over it, and the names of the classes that occur."""
-    image = Image.blend(read_image(frame).convert("RGB"), coloured(mask).convert("RGB"), 0.5)
-    draw_legend(image, np.unique(mask), classes)
-    return image
-
-
 def panel(image: Image.Image, title: str) -> Image.Image:
     """An image at the size that all have in a picture, with its title above."""
     image = image.convert("RGB").resize(fit(image.size, PANEL, PANEL), Image.Resampling.BILINEAR)
@@ -246,28 +235,26 @@ def tile(rows: Iterable[Sequence[Image.Image]]) -> Image.Image:
 
 
 def save_pictures(folder: Path, video: Video, classes: Sequence[str], masks: dict[str, list[np.ndarray]]):
-    """A video's frames, labels and predicted masks, by method: moving (VIDEO.webp) and as a sheet (VIDEO.png).
+    """A video's labelled frames, labels and predicted masks, by method: moving (VIDEO.webp) and a sheet (VIDEO.png).
 
-    Pixels whose prediction is wrong are hatched.
+    `masks` are of the labelled frames alone. Pixels whose prediction is wrong are hatched.
     """
-    moments, present = [], set(np.unique(np.stack([*masks.values()])).tolist())
-    for t, (path, frame, label) in enumerate(zip(video.frames, read_frames(video.frames), video.masks)):
-        if label is None:
-            continue
+    moments, present = [], set()
+    labelled = [(t, frame, label) for t, (frame, label) in enumerate(zip(read_frames(video.frames), video.masks)) if label]
+    for (t, frame, label), *predictions in zip(labelled, *masks.values()):
         labels = np.array(read_labels(label, frame.size, len(classes)))
-        present |= set(np.unique(labels).tolist()) - {IGNORE}
         y, x = np.indices(labels.shape)
         hatch = (x + y) % max(2, len(labels) // 16) < max(1, len(labels) // 64)
         row = [panel(frame, f"{video.name}, frame {t}"), panel(coloured(labels), "label")]
-        for name, predicted in masks.items():
-            picture = coloured(predicted[t]).convert("RGB")
-            wrong = (predicted[t] != labels) & (labels != IGNORE) & hatch
-            picture.paste("white", mask=Image.fromarray(wrong))
-            row.append(panel(picture, f"{name}, errors hatched"))
+        for name, predicted in zip(masks, predictions):
+            wrong = (predicted != labels) & (labels != IGNORE) & hatch
+            row.append(panel(coloured(np.where(wrong, WRONG, predicted)), f"{name}, errors hatched"))
         moments.append(row)
-    key, blank = (Image.new("RGB", fit(frame.size, PANEL, PANEL), "white") for _ in range(2))
+        present |= set(np.unique([labels, *predictions]).tolist()) - {IGNORE}
+    key = Image.new("RGB", fit(frame.size, PANEL, PANEL), "white")
+    blank = panel(key, "")
     draw_legend(key, sorted(present), classes)
-    keys = [panel(key, "classes"), *[panel(blank, "")] * (len(row) - 1)]
+    keys = [panel(key, "classes"), *[blank] * (len(row) - 1)]
     folder.mkdir(parents=True, exist_ok=True)
     first, *others = [tile([[*row, keys[0]]]) for row in moments]
     first.save(folder / f"{video.name}.webp", save_all=True, append_images=others, duration=150, loop=0)
@@ -332,69 +319,59 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], pla
 
 # --------------------------------------------------------------------------------------------------------------- models
 
-@contextlib.contextmanager
-def errors_named(where: str = ""):
-    """Turn a ValueError into a DataError that says where it comes from."""
-    try:
-        yield
-    except ValueError as error:
-        raise DataError(f"{where}{error}") from None
-
-
 def build_model(config: dict) -> nn.Module:
     """The model that a checkpoint's `config` describes: its name, classes, and MRCFA's arguments."""
     kind, variant = config["model"].split("_")
     if kind == "segformer":
-        return SegFormer(variant, len(config["classes"]))
+        return SegFormer(variant, len(config["classes"]), config.get("embed_dim", EMBED_DIM))
     return MRCFA(variant, len(config["classes"]), *(config[key] for key in MRCFA_ARGUMENTS))
 
 
-def released_config(state: dict[str, Tensor], name: str | None, num_classes: int | None) -> dict:
-    """What would be the config of a released checkpoint; ValueError where too little is known."""
-    if name is None or num_classes is None:
-        raise ValueError("is not one of train.py's checkpoints; for a released one give --model and --num-classes")
-    bias, value = state.get("decode_head.linear_pred.bias"), state.get("decode_head.sr1_feat.weight")
-    stride = REFERENCE_STRIDE if value is None else 8 * value.shape[-1]
-    return {"model": ("segformer" if value is None else "mrcfa") + name[-3:],
-            "classes": [f"class {i}" for i in range(num_classes if bias is None else len(bias))],
-            "frame_size": FRAME_SIZE if stride == REFERENCE_STRIDE else CITYSCAPES_FRAME_SIZE,
-            **dict(zip(MRCFA_ARGUMENTS, (stride, None, True, True, OFFSETS)))}
-
-
-def load_weights(model: nn.Module, checkpoint: dict):
+def load_weights(model: nn.Module, checkpoint: dict, path: Path):
     """Load weights of train.py, of a released MRCFA, or of a SegFormer or its encoder, told apart by their keys.
 
-    Classifiers of other classes keep their initialisation. Raises ValueError where anything else doesn't fit.
+    Classifiers of other classes keep their initialisation. Raises ValueError, with the path, if anything else is wrong.
     """
-    state = read_state_dict(checkpoint)
-    if "decode_head.sr1_feat.weight" in state:
-        state = rename_official(state)
-    elif "config" not in checkpoint:
-        return load_pretrained(model, state)
-    if "value.weight" not in state:
-        model = getattr(model, "segformer", model)  # a SegFormer's weights go into the one inside an MRCFA
-    own = model.state_dict()
-    other = {key for key, value in state.items() if "classifier" in key and len(value) != len(own.get(key, value))}
-    if other:
-        print("classifiers are of other classes and begin anew", file=sys.stderr)
-    load_strictly(model, {key: value for key, value in state.items() if key not in other}, tuple(other))
+    try:
+        state = read_state_dict(checkpoint)
+        if "decode_head.sr1_feat.weight" in state:
+            state = rename_official(state)
+        elif "config" not in checkpoint:
+            return load_pretrained(model, state)
+        if "value.weight" not in state:
+            model = getattr(model, "segformer", model)  # a SegFormer's weights go into the one inside an MRCFA
+        own = model.state_dict()
+        other = {k for k, value in state.items() if "classifier" in k and len(value) != len(own.get(k, value))}
+        if other:
+            print("classifiers are of other classes and begin anew", file=sys.stderr)
+        load_strictly(model, {key: value for key, value in state.items() if key not in other}, tuple(other))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def load_model(path: Path, name: str | None = None, num_classes: int | None = None) -> tuple[nn.Module, dict]:
     """The model of a checkpoint, one of train.py's or a released one of that name and class count, and its config.
 
-    Raises DataError where the file is none, or is of another model or class count than asked for.
+    Raises ValueError where the file is none, or is of another model or class count than asked for.
     """
-    with errors_named():
-        checkpoint = read_checkpoint(path)
-    with errors_named(f"{path}: "):
-        config = checkpoint.get("config") or released_config(read_state_dict(checkpoint), name, num_classes)
-        if name not in (None, config["model"]):
-            raise ValueError(f"is a {config['model']}, but --model says {name}")
-        if num_classes not in (None, len(config["classes"])):
-            raise ValueError(f"has {len(config['classes'])} classes, but --num-classes says {num_classes}")
-        model = build_model(config)
-        load_weights(model, checkpoint)
+    checkpoint = read_checkpoint(path)
+    config = checkpoint.get("config")
+    if config is None and not (name and num_classes):
+        raise ValueError(f"{path}: is none of train.py's checkpoints; for a released one give --model and --num-classes")
+    if config is None:
+        state = read_state_dict(checkpoint)
+        renamed, value = rename(state), state.get("decode_head.sr1_feat.weight")
+        stride = REFERENCE_STRIDE if value is None else 8 * value.shape[-1]
+        config = {"model": ("segformer" if value is None else "mrcfa") + str(name)[-3:],
+                  "classes": [f"class {i}" for i in range(len(renamed.get("classifier.1.bias", ())))],
+                  "frame_size": FRAME_SIZE if stride == REFERENCE_STRIDE else CITYSCAPES_FRAME_SIZE,
+                  "embed_dim": len(renamed.get("head.fuse.weight", ())) or EMBED_DIM,
+                  **dict(zip(MRCFA_ARGUMENTS, (stride, None, True, True, OFFSETS)))}
+    if name not in (None, config["model"]) or num_classes not in (None, len(config["classes"])):
+        raise ValueError(f"{path}: is a {config['model']} and has {len(config['classes'])} classes, but --model says "
+                         f"{name} and --num-classes {num_classes}")
+    model = build_model(config)
+    load_weights(model, checkpoint, path)
     return model, config
 
 
@@ -454,7 +431,7 @@ def benchmark(args: argparse.Namespace):
             compile_parts(part)
         for name, method in ROUNDS * list(methods.items()):
             peak_memory(device, reset=True)
-            with autocast(device, args.amp):
+            with torch.autocast(device.type, AMP.get(args.amp), enabled=args.amp in AMP):
                 network, memory[name], logits = seconds(method), peak_memory(device), method().float()
             times[name].append((network, network + seconds(lambda: decode_mask(logits, size, FRAME_SIZE[::-1]))))
         median = {name: np.median(times[name], axis=0) for name in methods}
@@ -471,9 +448,6 @@ def benchmark(args: argparse.Namespace):
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr, with exit code 2."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message: str):
         """End the script with the message."""
@@ -496,30 +470,34 @@ def device(text: str) -> torch.device:
 
 
 def command_line(main: Callable[[], None]):
-    """Run a script's main; a DataError, even of a loader's worker process, ends it with one line and exit code 2."""
+    """Run a script's main; what is wrong with arguments, files or data is one line and exit code 2.
+
+    Python's own development mode, `python -X dev train.py`, shows where the line comes from.
+    """
     try:
         main()
-    except DataError as error:
-        message = str(error).rsplit("DataError: ", 1)[-1].strip()
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        if sys.flags.dev_mode:
+            raise
+        message = str(error).rsplit("Error: ", 1)[-1].strip() or "interrupted"  # a loader's has its worker's traceback
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
 def refuse_to_overwrite(path: Path, instead: str = "give another name"):
-    """DataError where a file, or a folder with something in it, is already there; a half-written file is nothing."""
+    """ValueError where a file, or a folder with something in it, is already there; a half-written file is nothing."""
     if path.is_file() or path.is_dir() and any(inside.suffix != ".tmp" for inside in path.iterdir()):
-        raise DataError(f"{path}: exists already, and nothing is overwritten; {instead}")
+        raise ValueError(f"{path}: exists already, and nothing is overwritten; {instead}")
 
 
 def parse_args() -> argparse.Namespace:
     """The command line of an evaluation."""
-    parser = ArgumentParser("Evaluate a checkpoint or saved masks, segment a folder of frames, or measure the speed.")
+    parser = ArgumentParser(
+        description="Evaluate a checkpoint or saved masks, segment a folder of frames, or measure the speed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True).add_argument
     what("--checkpoint", type=Path, nargs="+", metavar="FILE", help="train.py's or a released one; or several")
-    what("--predictions", type=Path, help="score the masks DIR/<video>/<frame>.png (pixel = class from 0)")
+    what("--predictions", type=Path, nargs="+", metavar="DIR", help="masks DIR/<video>/<frame>.png, pixel = class from 0")
     what("--benchmark", action="store_true", help="measure parameters, operations, time and memory of --variants")
 
     files = parser.add_argument_group("files").add_argument
@@ -547,48 +525,40 @@ def parse_args() -> argparse.Namespace:
     speed("--variants", nargs="+", choices=MIT_VARIANTS, default=list(PAPER_FPS), metavar="NAME", help="of b0 ... b5")
     speed("--size", type=positive, nargs=2, default=(480, 864), metavar=("H", "W"), help="multiples of 32")
     args = parser.parse_args()
-    wrong = {
-        "--checkpoint needs --data DIR to evaluate on, or --frames DIR to segment":
-            args.checkpoint and (args.data is None) == (args.frames is None),
-        "--predictions needs the labels: --data DIR": args.predictions and args.data is None,
-        "--frames needs --save DIR for the masks, or --overlay DIR": args.frames and not (args.save or args.overlay),
-        "--pictures shows labels and predictions: it needs --checkpoint FILE and --data DIR":
-            args.pictures and not (args.checkpoint and args.data),
-        "--explain needs --pictures DIR": args.explain and not args.pictures}
-    for message in (message for message, is_wrong in wrong.items() if is_wrong):
-        parser.error(message)
+    if not args.benchmark and not args.data and not (args.checkpoint and args.frames):
+        parser.error("--data DIR is missing, or --frames DIR to segment with --checkpoint FILE")
+    if args.frames and not (args.save or args.overlay):
+        parser.error("--frames needs --save DIR for the masks, or --overlay DIR")
+    if args.explain and not (args.checkpoint and args.pictures):
+        parser.error("--explain needs --checkpoint FILE, and --pictures DIR for its picture")
     return args
 
 
-def open_model(args: argparse.Namespace, path: Path) -> tuple[nn.Module, dict, Callable[[Video], Iterator]]:
-    """A model as the command line wants it, ready to run, its config, and how it segments a video."""
+def open_model(args: argparse.Namespace, path: Path) -> tuple[nn.Module, dict]:
+    """A model as the command line wants it, ready to run, and its config."""
     model, config = load_model(path, args.model, args.num_classes)
     if args.dilation and isinstance(model, MRCFA):
-        if len(args.dilation) != len(model.offsets):
-            raise DataError(f"--dilation {args.dilation}: {path} takes {len(model.offsets)} references")
         model.offsets = tuple(args.dilation)
     model.eval().to(args.device)
     if args.compile:
         compile_parts(model)
-    config["frame_size"] = args.frame_size or config["frame_size"]
-    return model, config, partial(segment_video, model=model, frame_size=config["frame_size"], amp=args.amp)
+    return model, {**config, "frame_size": args.frame_size or config["frame_size"]}
 
 
 def explain_pixel(args: argparse.Namespace):
     """Draw what --explain asks for."""
-    model, config, _ = open_model(args, args.checkpoint[0])
+    model, config = open_model(args, args.checkpoint[0])
     if not isinstance(model, MRCFA):
-        raise DataError(f"--explain: {args.checkpoint[0]} is a {config['model']}, which has no references")
+        raise ValueError(f"--explain: {args.checkpoint[0]} is a {config['model']}, which has no references")
     name, *numbers = args.explain
     if not all(number.isdecimal() for number in numbers):
-        raise DataError(f"--explain {' '.join(args.explain)}: after the video it takes three whole numbers")
+        raise ValueError(f"--explain {' '.join(args.explain)}: after the video it takes three whole numbers")
     t, x, y = map(int, numbers)
     frames = list_frames(args.data / "data" / name / "origin")
-    if not len(model.offsets) <= t < len(frames):
-        raise DataError(f"--explain {name} {t}: give a frame from {len(model.offsets)} to {len(frames) - 1}")
-    width, height = read_image(frames[t]).size
-    if x >= width or y >= height:
-        raise DataError(f"--explain {x} {y}: the frame is {width}x{height}")
+    width, height = read_image(frames[0]).size
+    if not len(model.offsets) <= t < len(frames) or x >= width or y >= height:
+        raise ValueError(f"--explain {' '.join(args.explain)}: give a frame from {len(model.offsets)} to "
+                        f"{len(frames) - 1}, and a place in its {width}x{height} pixels")
     path = args.pictures / f"{name}_{t}_{x}_{y}.png"
     refuse_to_overwrite(path)
     chosen = [frames[i] for i in (*reference_indices(t, model.offsets), t)]
@@ -596,27 +566,33 @@ def explain_pixel(args: argparse.Namespace):
     print(f"{path} shows what frame {t} finds at ({x}, {y})")
 
 
-def evaluate_checkpoints(args: argparse.Namespace) -> dict[str, SegmentationMetrics]:
-    """Evaluate one checkpoint or several on the same videos, and draw them side by side for --pictures."""
+def compare(args: argparse.Namespace) -> dict[str, SegmentationMetrics]:
+    """Evaluate checkpoints or saved masks on the same videos, and draw them side by side for --pictures."""
     results: dict[str, SegmentationMetrics] = {}
-    masks: dict[str, list[list[np.ndarray]]] = {}
-    for path in args.checkpoint:
-        model, config, predict = open_model(args, path)
+    masks: dict[str, list] = {}
+    paths = args.checkpoint or args.predictions
+    for path in paths:
+        if args.checkpoint:
+            model, config = open_model(args, path)
+            name, classes, offsets = config["model"], config["classes"], getattr(model, "offsets", ())
+            predict = partial(segment_video, model=model, frame_size=config["frame_size"], amp=args.amp)
+        else:
+            name, classes, offsets = path.name, read_classes(args.data), ()
+            predict = partial(saved_masks, folder=path, num_classes=len(classes))
         if args.frames:
             frames = list_frames(args.frames)
-            classes, videos = config["classes"], [Video("", frames, [None] * len(frames))]
+            videos = [Video("", frames, [None] * len(frames))]
         else:
-            classes = read_classes(args.data)
-            videos = read_split(args.data, args.split, getattr(model, "offsets", ()))
-        if len(config["classes"]) != len(classes):
-            raise DataError(f"{path}: has {len(config['classes'])} classes, but {args.data} {len(classes)}")
-        name = config["model"] if config["model"] not in results else str(path)
-        folders = [folder / name if folder and args.checkpoint[1:] else folder for folder in (args.save, args.overlay)]
-        results[name] = evaluate(predict, videos, classes, *folders)
-        if args.pictures:
-            masks[name] = [list(predict(video.up_to_label())) for video in videos[:PICTURED]]
-    for i, video in enumerate(videos[:PICTURED] if args.pictures else ()):
-        save_pictures(args.pictures, video.up_to_label(), classes, {name: masks[name][i] for name in masks})
+            videos, own = read_split(args.data, args.split, offsets), read_classes(args.data)
+            if len(own) != len(classes):
+                raise ValueError(f"{path}: has {len(classes)} classes, but {args.data} {len(own)}")
+            classes = own
+        name = str(path) if name in results else name
+        save, over = (folder / name if folder and paths[1:] else folder for folder in (args.save, args.overlay))
+        results[name] = evaluate(predict, videos, classes, save, over)
+        masks[name] = [labelled_masks(predict, video) for video in videos[:PICTURED] if args.pictures]
+    for video, *of_video in zip(videos, *masks.values()):
+        save_pictures(args.pictures, video, classes, dict(zip(masks, of_video)))
     return results
 
 
@@ -630,14 +606,7 @@ def main():
         return benchmark(args)
     if args.explain:
         return explain_pixel(args)
-    if args.predictions and not args.predictions.is_dir():
-        raise DataError(f"{args.predictions}: no such folder of predictions")
-    if args.predictions:
-        classes = read_classes(args.data)
-        predict = partial(saved_masks, folder=args.predictions, num_classes=len(classes))
-        results = {args.predictions.name: evaluate(predict, read_split(args.data, args.split), classes)}
-    else:
-        results = evaluate_checkpoints(args)
+    results = compare(args)
     if args.frames:
         return print(f"the frames are in {' and '.join(str(path) for path in (args.save, args.overlay) if path)}")
     metrics = {name: result.compute() for name, result in results.items()}

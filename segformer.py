@@ -212,44 +212,26 @@ def bands(matrix: Tensor, rows: int = 32) -> list[tuple[slice, slice]]:
     return result
 
 
-class _UpsampledCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy of logits at label size that keeps only the gradient at the small size.
-
-    Full-size maps of K classes are what fills the memory in training. The gradient with respect to the *small*
-    logits is small, so it is taken here, in the forward pass, and of one map only a band of rows is ever at full
-    size. That a band fits into the cache makes it faster, too.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        (h, _), (height, width) = logits.shape[-2:], labels.shape[-2:]
-        matrix = bilinear_matrix(h, height).to(logits)
-        gradient, total = torch.zeros_like(logits), logits.new_zeros(())
-        for small, label, grad in zip(logits.split(1), labels.split(1), gradient.split(1)):
-            for rows, source in bands(matrix):
-                with torch.enable_grad():
-                    part = small[:, :, source].detach().contiguous().requires_grad_()            # (1, K, few, w)
-                    full = matrix[rows, source] @ F.interpolate(part, (part.shape[2], width), mode="bilinear")
-                    loss = F.cross_entropy(full, label[:, rows], ignore_index=ignore_index, reduction="sum")
-                grad[:, :, source] += torch.autograd.grad(loss, part)[0]
-                total += loss.detach()
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        """The gradient is there already, but for the factor from above."""
-        return ctx.saved_tensors[0] * grad_output, None, None
-
-
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
     """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with labels (B, H, W) int64: a scalar.
 
     The mean is over *all* pixels: ignored ones add 0 but stay in the denominator, as in the released code.
     """
+    # Full-size maps of K classes are what fills the memory in training. The gradient with respect to the *small* logits
+    # is small, so it is taken here already, a band of rows at a time: nothing larger is alive, and a band is in cache.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    with torch.autocast(logits.device.type, enabled=False):
-        return _UpsampledCrossEntropy.apply(logits, labels, ignore_index) / labels.numel()
+    matrix, width = bilinear_matrix(logits.shape[2], labels.shape[1]).to(logits), labels.shape[2]
+    total, gradient = logits.new_zeros(()), torch.zeros_like(logits)
+    with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
+        for small, label, grad in zip(logits.detach().split(1), labels.split(1), gradient.split(1)):
+            for rows, source in bands(matrix):
+                part = small[:, :, source].contiguous().requires_grad_()                         # (1, K, few, w)
+                full = matrix[rows, source] @ F.interpolate(part, (part.shape[2], width), mode="bilinear")
+                loss = F.cross_entropy(full, label[:, rows], ignore_index=ignore_index, reduction="sum")
+                grad[:, :, source] += torch.autograd.grad(loss, part)[0]
+                total += loss.detach()
+        linear = (logits * gradient).sum()  # has that gradient; its value is taken away again
+    return (total + (linear - linear.detach())) / labels.numel()
 
 
 # Keys of NVlabs', Hugging Face's and mmsegmentation's checkpoints -> ours, applied in this order, stages from 0.
@@ -279,10 +261,9 @@ SIGNS = {b"<": "a web page: download the file itself", b"PK": "a truncated check
 
 def read_checkpoint(path) -> dict:
     """The dict that a checkpoint file holds, read with `weights_only=True`; ValueError where it is no such file."""
-    start = b""
+    with open(path, "rb") as file:
+        start = file.read(32).lstrip()
     try:
-        with open(path, "rb") as file:
-            start = file.read(32).lstrip()
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file  # type: ignore[import-not-found]
             return load_file(path)
@@ -292,8 +273,6 @@ def read_checkpoint(path) -> dict:
         why = f"not a checkpoint but a {type(content).__name__}"
     except ImportError:
         why = "needs the safetensors package (pip install safetensors), or give the same weights as pytorch_model.bin"
-    except OSError as error:
-        why = f"{error.strerror or error}; give a checkpoint file"
     except Exception as error:  # each of torch.load's file formats raises its own
         start = b"PK" if isinstance(error, EOFError) or re.search("EOF|truncated", str(error)) else start
         why = "can't be read, it looks like " + next(looks for sign, looks in SIGNS.items() if start.startswith(sign))
@@ -347,16 +326,12 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[s
     theirs, ours = variant_of(state), variant_of(own)
     if None not in (theirs, ours) and theirs != ours:
         raise ValueError(f"holds the weights of a MiT-{theirs}, this model is built on MiT-{ours}")
-    wrong = {
-        "missing": [k for k in own if k not in state and not k.startswith(may_miss)],
-        "unexpected": [k for k in state if k not in own],
-        "of another shape": [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
-                             for k, v in state.items() if k in own and v.shape != own[k].shape],
-    }
-    if any(wrong.values()):
-        lists = (f"{len(keys)} {kind}: {', '.join(keys[:20])}{', ...' * (len(keys) > 20)}"
-                 for kind, keys in wrong.items() if keys)
-        raise ValueError(f"its weights don't fit this {type(module).__name__}: {'; '.join(lists)}")
+    wrong = [f"{k} is missing" for k in own if k not in state and not k.startswith(may_miss)]
+    wrong += [f"{k} is unexpected" for k in state if k not in own]
+    wrong += [f"{k} is {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in state.items()
+              if k in own and v.shape != own[k].shape]
+    if wrong:
+        raise ValueError(f"{len(wrong)} weights don't fit this {type(module).__name__}: {', '.join(wrong)}")
     module.load_state_dict(state, strict=False)
 
 

@@ -15,7 +15,7 @@ import math
 import os
 import signal
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Callable
 
@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import STRIDE, ClipDataset, Video, read_classes, read_split, write_synthetic
-from eval import (AMP, DEVICE, MODELS, PICTURED, ArgumentParser, autocast, build_model, command_line, device,
-                  errors_named, evaluate, json_metrics, load_weights, positive, refuse_to_overwrite, save_pictures,
+from eval import (AMP, DEVICE, MODELS, PICTURED, ArgumentParser, build_model, command_line, device, evaluate,
+                  json_metrics, labelled_masks, load_weights, positive, refuse_to_overwrite, save_pictures,
                   segment_video, table)
 from mrcfa import MRCFA, OFFSETS, mrcfa_loss
 from segformer import load_strictly, read_checkpoint, segmentation_loss
@@ -46,7 +46,7 @@ RECIPES = {
 SYNTHETIC = Path("data/synthetic")
 BETAS = (0.9, 0.999)      # of AdamW
 WARMUP_START = 1e-6       # the share of the learning rate that the warm-up begins with
-PLACE = ("out", "resume", "device")  # arguments that belong to where a run happens, and aren't resumed
+PLACE = ("out", "resume", "device")  # arguments of where a run happens; a checkpoint's `config` has all the others
 PROGRESS = ("iteration", "evaluated", "best", "losses", "lines")  # what a run knows beside its networks: see Run
 
 
@@ -95,8 +95,8 @@ def ignore_interrupts(_: int):
 class Run:
     """A training and its folder: the model, the checkpoints and the log. One for each process, the first one writes."""
 
-    def __init__(self, args: argparse.Namespace, config: dict, model: nn.Module):
-        self.args, self.config, self.model = args, config, model
+    def __init__(self, args: argparse.Namespace, model: nn.Module):
+        self.args, self.model = args, model
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=BETAS)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
@@ -119,11 +119,10 @@ class Run:
     def save(self, name: str):
         """Write a checkpoint that rebuilds the model by itself and continues the run."""
         if self.rank == 0:
-            args = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()
-                    if key not in PLACE}
-            content = {"model": self.model.state_dict(), "config": self.config, "args": args,
-                       "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                       **{name: getattr(self, name) for name in PROGRESS}}
+            config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()
+                      if key not in PLACE}
+            content = {"model": self.model.state_dict(), "config": config, "optimizer": self.optimizer.state_dict(),
+                       "scaler": self.scaler.state_dict(), **{name: getattr(self, name) for name in PROGRESS}}
             write_whole(self.args.out / name, lambda file: torch.save(content, file))
 
     def log(self, **values):
@@ -133,16 +132,13 @@ class Run:
             with open(self.args.out / "log.jsonl", "a") as file:
                 file.write(self.lines[-1])
 
-    def segment(self, video: Video):
-        """The masks of a video as the model predicts them now."""
-        return segment_video(video, self.model.eval(), self.args.frame_size)
-
     def evaluate(self, videos: list[Video]):
         """Evaluate; print, log, and keep the checkpoint if it is the best so far."""
         if self.processes > 1:  # the first process's BatchNorm statistics are the ones that are saved
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
-        metrics = evaluate(self.segment, videos, self.config["classes"]).compute()
+        predict = partial(segment_video, model=self.model.eval(), frame_size=self.args.frame_size)
+        metrics = evaluate(predict, videos, self.args.classes).compute()
         if self.rank == 0:
             tqdm.write(f"iteration {self.iteration}\n{table({self.args.model: metrics})}")
         self.log(**json_metrics(metrics))
@@ -171,7 +167,7 @@ class Run:
             torch.manual_seed((args.seed << 32) + share)  # dropout follows from the seed and the batch
             last = i == args.accumulate - 1
             with contextlib.nullcontext() if last or self.processes == 1 else network.no_sync():
-                with autocast(args.device, args.amp):
+                with torch.autocast(args.device.type, AMP.get(args.amp), enabled=args.amp in AMP):
                     loss = loss_of(network, images, labels) / args.accumulate
                 self.scaler.scale(loss).backward()
             total += loss.item()
@@ -194,7 +190,6 @@ class Run:
         batches = iter(DataLoader(clips, args.batch_size, sampler=self.samples(self.iteration, args.iters),
                                   num_workers=args.workers, worker_init_fn=ignore_interrupts,
                                   pin_memory=args.device.type == "cuda"))
-        since, first = time.time(), self.iteration
         with tqdm(total=args.iters, initial=self.iteration, desc=args.model, unit="it", dynamic_ncols=True,
                   disable=self.rank > 0) as bar:
             while True:
@@ -202,44 +197,33 @@ class Run:
                 due = last or args.eval_every and self.iteration % args.eval_every == 0
                 if due and self.evaluated < self.iteration:
                     self.evaluate(val)
-                    since, first = time.time(), self.iteration
                 if last:
                     return
                 own_loss = self.step(network, batches)
                 loss, stop = self.agree(own_loss)
-                if not math.isfinite(loss):
-                    self.stop_at_bad_loss(own_loss, clips)
+                if not math.isfinite(own_loss):
+                    ends = [str(clips.choose(i)[0][-1]) for i in self.samples(self.iteration, self.iteration + 1)]
+                    tqdm.write(f"stopped: the loss of iteration {self.iteration} is {own_loss}, of the clips that end with "
+                               f"{', '.join(ends)}; {args.out / 'last.pt'} is from before it", file=sys.stderr)
+                if not math.isfinite(loss):  # before it spoils the weights
+                    sys.exit(1)
                 self.losses.append(loss)
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
                 self.iteration += 1
-                lr = self.optimizer.param_groups[0]["lr"]
+                lr, mean_loss = self.optimizer.param_groups[0]["lr"], float(np.mean(self.losses))
                 bar.update()
-                bar.set_postfix(loss=f"{np.mean(self.losses):.3f}", lr=f"{lr:.1e}")
+                bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}")
                 if self.iteration % args.log_every == 0 or self.iteration == args.iters:
-                    clips_done = (self.iteration - first) * args.batch_size * args.accumulate * self.processes
-                    speed = round(clips_done / (time.time() - since), 3)
-                    self.log(loss=float(np.mean(self.losses)), lr=lr, clips_per_second=speed)
-                    self.losses, since, first = [], time.time(), self.iteration
+                    self.log(loss=mean_loss, lr=lr, iterations_per_second=bar.format_dict["rate"])
+                    self.losses = []
                 if stop or self.iteration % args.save_every == 0 or self.iteration == args.iters:
                     self.save("last.pt")
+                if stop and self.rank == 0:
+                    tqdm.write(f"stopped at iteration {self.iteration}; to go on: python train.py --resume --out {args.out}",
+                               file=sys.stderr)
                 if stop:
-                    self.stop_at_signal()
-
-    def stop_at_signal(self):
-        """End the process after SIGTERM or Ctrl-C; all that was computed is in last.pt."""
-        if self.rank == 0:
-            again = f"python train.py --resume --out {self.args.out}"
-            tqdm.write(f"stopped at iteration {self.iteration}; to go on: {again}", file=sys.stderr)
-        sys.exit(128 + (self.signal or signal.SIGTERM))
-
-    def stop_at_bad_loss(self, loss: float, clips: ClipDataset):
-        """End the process because a loss isn't finite, before it spoils the weights; last.pt is from before it."""
-        if not math.isfinite(loss):
-            targets = ", ".join(str(clips.choose(i)[0][-1]) for i in self.samples(self.iteration, self.iteration + 1))
-            tqdm.write(f"stopped: the loss of iteration {self.iteration} is {loss}, of the clips that end with "
-                       f"{targets}; {self.args.out / 'last.pt'} is from before it", file=sys.stderr)
-        sys.exit(1)
+                    sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -260,7 +244,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 
     clips = parser.add_argument_group("clips").add_argument
     clips("--batch-size", type=positive, help="clips a process takes at a time; the paper's 8 are 4 GPUs x 2")
-    clips("--dilation", type=positive, nargs="+", default=OFFSETS, metavar="N", help="frames back to the references")
+    clips("--dilation", dest="offsets", type=positive, nargs="+", default=OFFSETS, metavar="N",
+          help="frames back to the references")
     clips("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"),
           help="scale frames to fit this, here and in evaluation; smaller is faster and coarser")
     clips("--scale-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="random factor on that; 1 1: as it is")
@@ -289,23 +274,23 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def read_run(out: Path) -> dict:
     """The last checkpoint of a run."""
-    with errors_named("can't resume: "):
-        checkpoint = read_checkpoint(out / "last.pt")
-        if not checkpoint.keys() >= {"args", "optimizer", "scaler", *PROGRESS}:
-            raise ValueError(f"{out / 'last.pt'} is of no run, or of an earlier version; use it as --pretrained")
-        return checkpoint
+    checkpoint = read_checkpoint(out / "last.pt")
+    if not checkpoint.keys() >= {"optimizer", "scaler", *PROGRESS} or "iters" not in checkpoint["config"]:
+        raise ValueError(f"{out / 'last.pt'}: is of no run, or of an earlier version; use it as --pretrained")
+    return checkpoint
 
 
 def parse_args() -> argparse.Namespace:
     """The command line of a training: flags, above the run that is resumed, above the data set's recipe."""
-    parser = ArgumentParser("Train MRCFA or SegFormer on labelled videos. Defaults are those of the synthetic videos; "
-                            "RECIPES in train.py has the other data sets'.")
+    parser = ArgumentParser(description="Train MRCFA or SegFormer on labelled videos. Defaults are those of the synthetic "
+                            "videos; RECIPES in train.py has the other data sets'.",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_arguments(parser)
     parser.set_defaults(**dict(zip(RECIPE, RECIPES["synthetic"])))
     args = parser.parse_args()
     out = args.out or Path("runs") / args.model
     if args.resume:  # what the run was started with are the defaults now
-        parser.set_defaults(**read_run(out)["args"])
+        parser.set_defaults(**read_run(out)["config"])
     else:
         dataset = args.dataset or ("folder" if args.data else "synthetic")
         parser.set_defaults(dataset=dataset, **dict(zip(RECIPE, RECIPES[dataset])))
@@ -331,30 +316,24 @@ def train(args: argparse.Namespace):
         write_synthetic(args.data)
     if dist.is_initialized():
         dist.barrier()  # until the videos are there, and all have seen that the run's folder isn't
-    classes = read_classes(args.data)
-    videos, val = (read_split(args.data, split, args.dilation) for split in ("train", "val"))
-    clips = ClipDataset(videos, len(classes), args.dilation, args.crop, args.frame_size, args.scale_range, args.seed)
+    args.classes = read_classes(args.data)
+    videos, val = (read_split(args.data, split, args.offsets) for split in ("train", "val"))
+    clips = ClipDataset(videos, len(args.classes), args.offsets, args.crop, args.frame_size, args.scale_range, args.seed)
 
     torch.manual_seed(args.seed)
-    config = {"model": args.model, "classes": classes, "frame_size": list(args.frame_size),
-              "reference_stride": args.reference_stride, "keep_ratio": args.keep_ratio, "refine": args.refine,
-              "aggregate": args.aggregate, "offsets": list(args.dilation)}
-    model = build_model(config)
+    model = build_model(vars(args))
     if args.positive_kernels and isinstance(model, MRCFA):
         # By chance a kernel sums up to less than 0: it makes a hole of an image's peak, and ReLU leaves nothing of it.
         for conv in (module for module in model.aggregation.modules() if isinstance(module, nn.Conv2d)):
             conv.weight.data.abs_()
     if args.pretrained and not args.resume:
-        with errors_named("--pretrained "):
-            weights = read_checkpoint(args.pretrained)
-        with errors_named(f"--pretrained {args.pretrained}: "):
-            load_weights(model, weights)
+        load_weights(model, read_checkpoint(args.pretrained), args.pretrained)
     if dist.is_initialized() and args.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    run = Run(args, config, model.to(args.device))
+    run = Run(args, model.to(args.device))
     if run.rank == 0 and clips.too_short:
         print(f"warning: {clips.too_short} of {len(videos)} training videos are too short for --dilation "
-              f"{max(args.dilation)} and left out", file=sys.stderr)
+              f"{max(args.offsets)} and left out", file=sys.stderr)
     if checkpoint:
         run.resume(checkpoint)
     else:
@@ -366,8 +345,10 @@ def train(args: argparse.Namespace):
             stack.callback(signal.signal, number, signal.signal(number, lambda n, _: setattr(run, "signal", n)))
         run.train(clips, val)
     if run.rank == 0:
-        for video in (video.up_to_label() for video in val[:PICTURED]):
-            save_pictures(args.out / "pictures", video, classes, {args.model: list(run.segment(video))})
+        predict = partial(segment_video, model=model.eval(), frame_size=args.frame_size)
+        for video in val[:PICTURED]:
+            masks = {args.model: labelled_masks(predict, video)}
+            save_pictures(args.out / "pictures", video, args.classes, masks)
         print(f"the run is in {args.out}: checkpoints, log and pictures")
 
 
