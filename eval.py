@@ -73,10 +73,8 @@ class SegmentationMetrics:
                                      f"but classes are 0 ... {k - 1}")
             confusion += torch.bincount(k * label + prediction, minlength=k * k).view(k, k)
         self.confusion += confusion
-        if len(labels) > max(WINDOWS):
-            self._add_consistencies(labels, predictions)
-
-    def _add_consistencies(self, labels: Tensor, predictions: Tensor):
+        if len(labels) <= max(WINDOWS):
+            return
         # For how many frames, this one included, has each pixel had the value it has now? It is constant over the
         # n frames that end here where that is at least n. The protocol leaves out the window that ends with the video.
         label_run = prediction_run = torch.ones(labels.shape[1:], dtype=torch.int32)
@@ -152,46 +150,46 @@ def saved_masks(video: Video, folder: Path, num_classes: int) -> Iterator[np.nda
         yield mask
 
 
-def labelled_masks(predict: Callable[[Video], Iterable], video: Video) -> list[np.ndarray]:
-    """The masks that `predict` gives for the labelled frames of a video."""
-    video = video.up_to_label()
-    return [mask for mask, label in zip(predict(video), video.masks) if label]
-
-
-def evaluate(predict: Callable[[Video], Iterable], videos: list[Video], classes: Sequence[str],
-             save: Path | None = None, over: Path | None = None) -> SegmentationMetrics:
-    """Compare what `predict` gives for each video, a mask a frame, with its labels.
+def evaluate(methods: dict[str, Callable[[Video], Iterable]], videos: list[Video], classes: Sequence[str],
+             save: Path | None = None, over: Path | None = None,
+             pictures: Path | None = None) -> dict[str, SegmentationMetrics]:
+    """Compare what each method gives for a video, a mask a frame, with its labels.
 
     Masks of labelled frames, or of all where no frame is, go to the folder `save`, and blended with the frames to
-    `over`. In a torch.distributed process group each process takes its share of the videos, and all get the same.
+    `over`; of several methods, each has a folder in there. The first videos are drawn in `pictures`. In a
+    torch.distributed process group each process takes its share of the videos, and all get the same metrics.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = [video.up_to_label() for video in videos[rank::processes]]
-    metrics = SegmentationMetrics(len(classes))
+    metrics = {name: SegmentationMetrics(len(classes)) for name in methods}
     with tqdm(total=sum(len(video.frames) for video in mine), desc="evaluate", unit="frame", dynamic_ncols=True,
               disable=rank > 0) as bar:
-        for video in mine:
-            labels, masks = [], []
-            for frame, label, mask in zip(video.frames, video.masks, predict(video)):
+        for i, video in enumerate(mine):
+            moments = []
+            for t, (path, label, *masks) in enumerate(zip(video.frames, video.masks, *(f(video) for f in methods.values()))):
                 bar.update()
                 if label:
-                    labels.append(np.array(read_labels(label, mask.shape[::-1], len(classes))))
-                    masks.append(mask)
+                    moments.append((t, np.array(read_labels(label, masks[0].shape[::-1], len(classes))), *masks))
                 elif any(video.masks):
                     continue
-                if save:
-                    write_image(coloured(mask), save / video.name / f"{frame.stem}.png")
-                if over:
-                    image = Image.blend(read_image(frame).convert("RGB"), coloured(mask).convert("RGB"), 0.5)
-                    draw_legend(image, np.unique(mask), classes)
-                    write_image(image, over / video.name / f"{frame.stem}.jpg")
-            if labels:
-                metrics.update(np.stack(labels), np.stack(masks))
-    if processes > 1:
+                for name, mask in zip(methods, masks):
+                    place = Path(name if methods.keys() - {name} else "", video.name, path.stem)
+                    if save:
+                        write_image(coloured(mask), save / f"{place}.png")
+                    if over:
+                        image = Image.blend(read_image(path).convert("RGB"), coloured(mask).convert("RGB"), 0.5)
+                        write_image(draw_legend(image, np.unique(mask), classes), over / f"{place}.jpg")
+            if moments:
+                _, labels, *masks = (np.stack(x) for x in zip(*moments))
+                for metric, of_method in zip(metrics.values(), masks):
+                    metric.update(labels, of_method)
+            if moments and pictures and rank == 0 and i < PICTURED:
+                save_pictures(pictures / video.name, video, moments, list(methods), classes)
+    for metric in metrics.values() if processes > 1 else ():
         shares: list[Any] = [None] * processes
-        dist.all_gather_object(shares, (metrics.confusion, metrics.consistencies))
-        metrics.confusion = torch.stack([confusion for confusion, _ in shares]).sum(0)
-        metrics.consistencies = {n: [share for _, of in shares for share in of[n]] for n in WINDOWS}
+        dist.all_gather_object(shares, (metric.confusion, metric.consistencies))
+        metric.confusion = torch.stack([confusion for confusion, _ in shares]).sum(0)
+        metric.consistencies = {n: [share for _, of in shares for share in of[n]] for n in WINDOWS}
     return metrics
 
 
@@ -210,7 +208,7 @@ def write_image(image: Image.Image, path: Path):
     image.save(path, quality=92)  # of JPEGs
 
 
-def draw_legend(image: Image.Image, present: Iterable[int], classes: Sequence[str]):
+def draw_legend(image: Image.Image, present: Iterable[int], classes: Sequence[str]) -> Image.Image:
     """Write the names of some classes, on their colours, down the left side of an image."""
     draw, height = ImageDraw.Draw(image), max(10, image.height // 30)
     font = ImageFont.load_default(height)
@@ -219,6 +217,7 @@ def draw_legend(image: Image.Image, present: Iterable[int], classes: Sequence[st
         box = 2, top, 10 + draw.textlength(classes[k], font), top + height + 6
         draw.rectangle(box, tuple(PALETTE[3 * k:3 * k + 3]))
         draw.text((6, top), classes[k], "black", font)
+    return image
 
 
 def panel(image: Image.Image, title: str) -> Image.Image:
@@ -234,32 +233,26 @@ def tile(rows: Iterable[Sequence[Image.Image]]) -> Image.Image:
     return Image.fromarray(np.vstack([np.hstack([np.asarray(image) for image in row]) for row in rows]))
 
 
-def save_pictures(folder: Path, video: Video, classes: Sequence[str], masks: dict[str, list[np.ndarray]]):
-    """A video's labelled frames, labels and predicted masks, by method: moving (VIDEO.webp) and a sheet (VIDEO.png).
+def save_pictures(path: Path, video: Video, moments: list[tuple], names: Sequence[str], classes: Sequence[str]):
+    """A video's labelled frames, labels and masks by method, moving (PATH.webp) and as a sheet of some (PATH.png).
 
-    `masks` are of the labelled frames alone. Pixels whose prediction is wrong are hatched.
+    `moments` are of one labelled frame each: its number, labels, and masks. Wrong pixels are hatched.
     """
-    moments, present = [], set()
-    labelled = [(t, frame, label) for t, (frame, label) in enumerate(zip(read_frames(video.frames), video.masks)) if label]
-    for (t, frame, label), *predictions in zip(labelled, *masks.values()):
-        labels = np.array(read_labels(label, frame.size, len(classes)))
+    rows = []
+    for t, labels, *masks in moments:
         y, x = np.indices(labels.shape)
-        hatch = (x + y) % max(2, len(labels) // 16) < max(1, len(labels) // 64)
-        row = [panel(frame, f"{video.name}, frame {t}"), panel(coloured(labels), "label")]
-        for name, predicted in zip(masks, predictions):
-            wrong = (predicted != labels) & (labels != IGNORE) & hatch
-            row.append(panel(coloured(np.where(wrong, WRONG, predicted)), f"{name}, errors hatched"))
-        moments.append(row)
-        present |= set(np.unique([labels, *predictions]).tolist()) - {IGNORE}
-    key = Image.new("RGB", fit(frame.size, PANEL, PANEL), "white")
-    blank = panel(key, "")
-    draw_legend(key, sorted(present), classes)
-    keys = [panel(key, "classes"), *[blank] * (len(row) - 1)]
-    folder.mkdir(parents=True, exist_ok=True)
-    first, *others = [tile([[*row, keys[0]]]) for row in moments]
-    first.save(folder / f"{video.name}.webp", save_all=True, append_images=others, duration=150, loop=0)
-    shown = np.linspace(0, len(moments) - 1, min(SHEET_COLUMNS, len(moments))).round().astype(int)
-    tile(zip(*(moments[t] for t in shown), keys)).save(folder / f"{video.name}.png")
+        hatched = (labels != IGNORE) & ((x + y) % max(2, len(labels) // 16) < max(1, len(labels) // 64))
+        rows.append([panel(read_image(video.frames[t]), f"{video.name}, frame {t}"), panel(coloured(labels), "label"),
+                     *(panel(coloured(np.where(hatched & (mask != labels), WRONG, mask)), f"{name}, errors hatched")
+                       for name, mask in zip(names, masks))])
+    present = set(np.unique([x for _, *maps in moments for x in maps]).tolist()) - {IGNORE}
+    blank = Image.new("RGB", fit(labels.shape[::-1], PANEL, PANEL), "white")
+    keys = [panel(draw_legend(blank.copy(), sorted(present), classes), "classes")] + [panel(blank, "")] * (1 + len(masks))
+    first, *others = [tile([[*row, keys[0]]]) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first.save(f"{path}.webp", save_all=True, append_images=others, duration=150, loop=0)
+    shown = np.linspace(0, len(rows) - 1, min(SHEET_COLUMNS, len(rows))).round().astype(int)
+    tile(zip(*(rows[i] for i in shown), keys)).save(f"{path}.png")
 
 
 def heat(values: Tensor, over: Image.Image) -> Image.Image:
@@ -567,33 +560,25 @@ def explain_pixel(args: argparse.Namespace):
 
 
 def compare(args: argparse.Namespace) -> dict[str, SegmentationMetrics]:
-    """Evaluate checkpoints or saved masks on the same videos, and draw them side by side for --pictures."""
-    results: dict[str, SegmentationMetrics] = {}
-    masks: dict[str, list] = {}
-    paths = args.checkpoint or args.predictions
-    for path in paths:
+    """Evaluate checkpoints or saved masks on the same videos."""
+    methods: dict[str, Callable[[Video], Iterable]] = {}
+    offsets: Sequence[int] = ()
+    classes = own = read_classes(args.data) if args.data else []
+    for path in args.checkpoint or args.predictions:
+        name, predict = path.name, partial(saved_masks, folder=path, num_classes=len(own))
         if args.checkpoint:
             model, config = open_model(args, path)
-            name, classes, offsets = config["model"], config["classes"], getattr(model, "offsets", ())
+            name, classes, offsets = config["model"], config["classes"], getattr(model, "offsets", offsets)
             predict = partial(segment_video, model=model, frame_size=config["frame_size"], amp=args.amp)
-        else:
-            name, classes, offsets = path.name, read_classes(args.data), ()
-            predict = partial(saved_masks, folder=path, num_classes=len(classes))
-        if args.frames:
-            frames = list_frames(args.frames)
-            videos = [Video("", frames, [None] * len(frames))]
-        else:
-            videos, own = read_split(args.data, args.split, offsets), read_classes(args.data)
-            if len(own) != len(classes):
-                raise ValueError(f"{path}: has {len(classes)} classes, but {args.data} {len(own)}")
-            classes = own
-        name = str(path) if name in results else name
-        save, over = (folder / name if folder and paths[1:] else folder for folder in (args.save, args.overlay))
-        results[name] = evaluate(predict, videos, classes, save, over)
-        masks[name] = [labelled_masks(predict, video) for video in videos[:PICTURED] if args.pictures]
-    for video, *of_video in zip(videos, *masks.values()):
-        save_pictures(args.pictures, video, classes, dict(zip(masks, of_video)))
-    return results
+        if args.data and len(own) != len(classes):
+            raise ValueError(f"{path}: has {len(classes)} classes, but {args.data} {len(own)}")
+        methods[str(path) if name in methods else name] = predict
+    if args.data:
+        videos = read_split(args.data, args.split, offsets)
+    else:
+        frames = list_frames(args.frames)
+        videos = [Video("", frames, [None] * len(frames))]
+    return evaluate(methods, videos, own or classes, args.save, args.overlay, args.pictures)
 
 
 def main():

@@ -28,9 +28,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import STRIDE, ClipDataset, Video, read_classes, read_split, write_synthetic
-from eval import (AMP, DEVICE, MODELS, PICTURED, ArgumentParser, build_model, command_line, device, evaluate,
-                  json_metrics, labelled_masks, load_weights, positive, refuse_to_overwrite, save_pictures,
-                  segment_video, table)
+from eval import (AMP, DEVICE, MODELS, ArgumentParser, build_model, command_line, device, evaluate,
+                  json_metrics, load_weights, positive, refuse_to_overwrite, segment_video, table)
 from mrcfa import MRCFA, OFFSETS, mrcfa_loss
 from segformer import load_strictly, read_checkpoint, segmentation_loss
 
@@ -137,8 +136,9 @@ class Run:
         if self.processes > 1:  # the first process's BatchNorm statistics are the ones that are saved
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
-        predict = partial(segment_video, model=self.model.eval(), frame_size=self.args.frame_size)
-        metrics = evaluate(predict, videos, self.args.classes).compute()
+        methods = {self.args.model: partial(segment_video, model=self.model.eval(), frame_size=self.args.frame_size)}
+        results = evaluate(methods, videos, self.args.classes, pictures=self.args.out / "pictures")
+        metrics = results[self.args.model].compute()
         if self.rank == 0:
             tqdm.write(f"iteration {self.iteration}\n{table({self.args.model: metrics})}")
         self.log(**json_metrics(metrics))
@@ -345,10 +345,6 @@ def train(args: argparse.Namespace):
             stack.callback(signal.signal, number, signal.signal(number, lambda n, _: setattr(run, "signal", n)))
         run.train(clips, val)
     if run.rank == 0:
-        predict = partial(segment_video, model=model.eval(), frame_size=args.frame_size)
-        for video in val[:PICTURED]:
-            masks = {args.model: labelled_masks(predict, video)}
-            save_pictures(args.out / "pictures", video, args.classes, masks)
         print(f"the run is in {args.out}: checkpoints, log and pictures")
 
 
