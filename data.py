@@ -66,12 +66,6 @@ class Video:
     masks: Sequence[Path | None]
     offsets: tuple[int, ...] = ()  # of the references from a target in `frames`, if that isn't up to the training
 
-    def up_to_label(self) -> "Video":
-        """The part that ends with the last labelled frame; played backwards if nothing comes before that."""
-        last = max((t for t, mask in enumerate(self.masks) if mask), default=len(self.masks) - 1)
-        part = slice(last + 1) if last else slice(None, None, -1)
-        return replace(self, frames=self.frames[part], masks=self.masks[part])
-
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that aren't blank, stripped."""
@@ -109,24 +103,24 @@ def read_split(root: Path, split: str, offsets: Sequence[int] = ()) -> list[Vide
 
 
 def read_cityscapes(root: Path, split: str, offsets: Sequence[int]) -> list[Video]:
-    """For each labelled frame of Cityscapes its references before it, itself, and the references after it.
+    """Clips of Cityscapes: a labelled frame after the references before it, or those after it, in reverse.
 
-    A side on which one of them is missing is left out. Frames are found by their numbers, in their sequence.
+    Training gets both, evaluation one. A side on which a reference is missing is left out.
     """
-    videos = {}
-    for label in sorted((root / "gtFine" / split).glob("*/*_gtFine_label*Ids.png")):  # labelTrainIds come last, and win
-        name = label.name.partition("_gtFine")[0]
-        sequence, _, number = name.rpartition("_")
-        folder = root / "leftImg8bit_sequence" / split / label.parent.name
+    labels = {label.name.partition("_gtFine")[0]: label  # of two for a frame, labelTrainIds comes last and wins
+              for label in sorted((root / "gtFine" / split).glob("*/*_gtFine_label*Ids.png"))}
+    if not labels:
+        raise ValueError(f"{root / 'gtFine' / split}: no <city>/*_gtFine_labelIds.png there")
+    videos = []
+    for name, label in labels.items():
+        folder, (sequence, _, number) = root / "leftImg8bit_sequence" / split / label.parent.name, name.rpartition("_")
         sides = [[folder / f"{sequence}_{int(number) + sign * offset:06d}_leftImg8bit.png" for offset in offsets]
                  for sign in (-1, 1)]
-        before, after = (side if all(path.exists() for path in side) else [] for side in sides)
-        frames = [*before, folder / f"{name}_leftImg8bit.png", *after[::-1]]
-        masks = [label if frame.name.startswith(name) else None for frame in frames]
-        videos[name] = Video(name, frames, masks, tuple(range(len(offsets), 0, -1)))
-    if not videos:
-        raise ValueError(f"{root / 'gtFine' / split}: no <city>/*_gtFine_labelIds.png there")
-    return list(videos.values())
+        whole = [side for side in sides if all(path.exists() for path in side)] or [[]]
+        for side in whole if split == "train" else whole[:1]:
+            videos.append(Video(name, [*side, folder / f"{name}_leftImg8bit.png"], [None] * len(side) + [label],
+                                tuple(range(len(offsets), 0, -1))))
+    return videos
 
 
 def list_frames(folder: Path, why: str = "") -> list[Path]:
@@ -134,9 +128,6 @@ def list_frames(folder: Path, why: str = "") -> list[Path]:
     frames = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in FRAME_SUFFIXES)
     if not frames:
         raise ValueError(f"{folder}: no such folder, or no frames in it ({', '.join(FRAME_SUFFIXES)}){why}")
-    for first, second in zip(frames, frames[1:]):
-        if first.stem == second.stem:
-            raise ValueError(f"{first}: {second.name} has the same name, and would get the same mask; remove one")
     return frames
 
 
@@ -147,7 +138,8 @@ def read_image(path: Path) -> Image.Image:
             image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({getattr(error, 'strerror', None) or error}); replace it") from None
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: not a readable image ({why}); replace it") from None
 
 
 def read_frames(paths: Iterable[Path]) -> Iterator[Image.Image]:
@@ -211,8 +203,8 @@ class ClipDataset(torch.utils.data.Dataset):
     """Random training clips: item i -> (images (T, 3, h, w) float32, labels (T, h, w) int64, 255 = ignored).
 
     Labels are (h, w) where the target, the last frame, is the only one that has them. There is no end to the items;
-    len(videos) in a row are an epoch, one clip of each video. Item i depends on (seed, i) alone. Raises ValueError where
-    no video is long enough for `offsets`; shorter ones are left out, in `too_short`.
+    len(videos) in a row are an epoch, one clip of each video. Item i depends on (seed, i) alone. Videos too short for
+    `offsets` are left out, and counted in `too_short`; ValueError where all are.
     """
 
     def __init__(self, videos: list[Video], num_classes: int, offsets: Sequence[int], crop: Sequence[int],

@@ -35,13 +35,14 @@ MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in 
 MRCFA_ARGUMENTS = ("reference_stride", "keep_ratio", "refine", "aggregate", "offsets")
 WINDOWS = (8, 16)              # n of the video consistencies mVC_n, in frames
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
 PICTURED = 3                   # videos of which there are pictures
 PANEL, SHEET_COLUMNS = 200, 8  # of pictures: the long side of a panel in pixels, moments of a video on a sheet
 WRONG = 254                    # a value that is no class, for the hatching of errors
-PALETTE = [round(255 * value) for i in range(WRONG)  # hues a golden ratio apart, three brightnesses; white; black
-           for value in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + i % 3 / 5, 0.95 - i // 3 % 3 / 5)] + 3 * [255] + 3 * [0]
-PAPER_FPS = {"b0": (73.4, 50.0), "b1": (58.7, 40.1), "b2": (39.2, 32.1), "b5": (17.2, 15.7)}  # SegFormer's and MRCFA's
+PALETTE = [round(255 * value) for i in range(WRONG)  # hues a golden ratio apart, three brightnesses
+           for value in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + i % 3 / 5, 0.95 - i // 3 % 3 / 5)]
+PALETTE += 3 * [255] + 3 * [0]  # WRONG is white, IGNORE black
+PAPER_RATIO = {"b0": 73.4 / 50.0, "b1": 58.7 / 40.1, "b2": 39.2 / 32.1, "b5": 17.2 / 15.7}  # SegFormer's FPS / MRCFA's
 ROUNDS = 5                     # of the benchmark
 
 
@@ -109,11 +110,6 @@ def table(rows: dict[str, dict[str, float]]) -> str:
                      for name, row in {"": columns, **cells}.items())
 
 
-def json_metrics(metrics: dict[str, float]) -> dict[str, float | None]:
-    """The metrics as JSON can hold them: null instead of NaN."""
-    return {key: None if math.isnan(value) else value for key, value in metrics.items()}
-
-
 # ------------------------------------------------------------------------------------------------------------- protocol
 
 def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequence[int]) -> Tensor:
@@ -160,13 +156,14 @@ def evaluate(methods: dict[str, Callable[[Video], Iterable]], videos: list[Video
     torch.distributed process group each process takes its share of the videos, and all get the same metrics.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = [video.up_to_label() for video in videos[rank::processes]]
+    mine = videos[rank::processes]
     metrics = {name: SegmentationMetrics(len(classes)) for name in methods}
     with tqdm(total=sum(len(video.frames) for video in mine), desc="evaluate", unit="frame", dynamic_ncols=True,
               disable=rank > 0) as bar:
         for i, video in enumerate(mine):
             moments = []
-            for t, (path, label, *masks) in enumerate(zip(video.frames, video.masks, *(f(video) for f in methods.values()))):
+            by_method = [method(video) for method in methods.values()]
+            for t, (path, label, *masks) in enumerate(zip(video.frames, video.masks, *by_method)):
                 bar.update()
                 if label:
                     moments.append((t, np.array(read_labels(label, masks[0].shape[::-1], len(classes))), *masks))
@@ -247,7 +244,8 @@ def save_pictures(path: Path, video: Video, moments: list[tuple], names: Sequenc
                        for name, mask in zip(names, masks))])
     present = set(np.unique([x for _, *maps in moments for x in maps]).tolist()) - {IGNORE}
     blank = Image.new("RGB", fit(labels.shape[::-1], PANEL, PANEL), "white")
-    keys = [panel(draw_legend(blank.copy(), sorted(present), classes), "classes")] + [panel(blank, "")] * (1 + len(masks))
+    key = draw_legend(blank.copy(), sorted(present), classes)
+    keys = [panel(key, "classes"), *[panel(blank, "")] * (1 + len(masks))]
     first, *others = [tile([[*row, keys[0]]]) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     first.save(f"{path}.webp", save_all=True, append_images=others, duration=150, loop=0)
@@ -350,7 +348,7 @@ def load_model(path: Path, name: str | None = None, num_classes: int | None = No
     checkpoint = read_checkpoint(path)
     config = checkpoint.get("config")
     if config is None and not (name and num_classes):
-        raise ValueError(f"{path}: is none of train.py's checkpoints; for a released one give --model and --num-classes")
+        raise ValueError(f"{path}: is not train.py's; for a released checkpoint give --model and --num-classes")
     if config is None:
         state = read_state_dict(checkpoint)
         renamed, value = rename(state), state.get("decode_head.sr1_feat.weight")
@@ -398,13 +396,12 @@ def benchmark(args: argparse.Namespace):
     """
     device, size, num_classes = args.device, tuple(args.size), args.num_classes or 124
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    how = f"{args.amp or 'float32'}{', compiled' * args.compile}, {hardware}"
-    print(f"{size[0]}x{size[1]}, {num_classes} classes, {how}\n")
+    print(f"{size[0]}x{size[1]}, {num_classes} classes, {args.amp or 'float32'}{', compiled' * args.compile}, "
+          f"{hardware}\n")
     print("| | M params | GFLOPs | ms | FPS | / SegFormer | paper's | ms with mask | FPS with mask | peak MB |")
     print("|---|" + "---:|" * 9)
 
-    def seconds(work: Callable[[], object]) -> float:
-        """How long some work takes, once it has been done twice to warm up."""
+    def seconds(work: Callable[[], object]) -> float:  # once it has been done twice to warm up
         return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(1).mean
 
     for variant in args.variants:
@@ -414,8 +411,8 @@ def benchmark(args: argparse.Namespace):
             stream(clip[0, -1])
         methods = {"SegFormer": lambda: model.segformer(clip[:, -1])[0], "MRCFA by clips": lambda: model(clip)[0],
                    "MRCFA streaming": lambda: stream(clip[0, -1])}
-        gflops, memory = {}, {}
         times: dict[str, list] = {name: [] for name in methods}
+        gflops, memory = {}, {}
         for name, method in methods.items():
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts plain products
                 method()
@@ -427,20 +424,26 @@ def benchmark(args: argparse.Namespace):
             with torch.autocast(device.type, AMP.get(args.amp), enabled=args.amp in AMP):
                 network, memory[name], logits = seconds(method), peak_memory(device), method().float()
             times[name].append((network, network + seconds(lambda: decode_mask(logits, size, FRAME_SIZE[::-1]))))
-        median = {name: np.median(times[name], axis=0) for name in methods}
-        for name, (network, with_mask) in median.items():
+        for name in methods:
+            network, with_mask = np.median(times[name], axis=0)
             count = sum(p.numel() for part, p in model.named_parameters() if not part.startswith("auxiliary")
                         and (name != "SegFormer" or part.startswith("segformer"))) / 1e6
-            segformers, mrcfas = PAPER_FPS.get(variant, (0, 1)) if name == "MRCFA streaming" else (0, 1)
+            paper = f"{PAPER_RATIO[variant]:.2f}" if name == "MRCFA streaming" and variant in PAPER_RATIO else ""
             print(f"| {variant} {name} | {count:.2f} | {gflops[name]:.1f} | {1e3 * network:.0f} | {1 / network:.2f} | "
-                  f"{network / median['SegFormer'][0]:.2f} | {f'{segformers / mrcfas:.2f}' if segformers else ''} | "
-                  f"{1e3 * with_mask:.0f} | {1 / with_mask:.2f} | {memory[name]:.0f} |", flush=True)
+                  f"{network / np.median(times['SegFormer'], axis=0)[0]:.2f} | {paper} | {1e3 * with_mask:.0f} | "
+                  f"{1 / with_mask:.2f} | {memory[name]:.0f} |", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr, with exit code 2."""
+    """argparse with what both scripts take, whose errors are one line on stderr, with exit code 2."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.add_argument("--device", choices=DEVICES, default=DEVICES[0], help="where the network runs")
+        self.add_argument("--amp", choices=AMP, help="mixed precision, of training with scaled gradients for fp16")
+        self.add_argument("--compile", action="store_true", help="torch.compile the network: pays after some minutes")
 
     def error(self, message: str):
         """End the script with the message."""
@@ -452,14 +455,6 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
-
-
-def device(text: str) -> torch.device:
-    """The type of an argument that names a device."""
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not to be had: {str(error).splitlines()[0]}") from None
 
 
 def command_line(main: Callable[[], None]):
@@ -485,14 +480,11 @@ def refuse_to_overwrite(path: Path, instead: str = "give another name"):
 
 def parse_args() -> argparse.Namespace:
     """The command line of an evaluation."""
-    parser = ArgumentParser(
-        description="Evaluate a checkpoint or saved masks, segment a folder of frames, or measure the speed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser("Evaluate checkpoints or saved masks, segment a folder of frames, or measure the speed.")
     what = parser.add_mutually_exclusive_group(required=True).add_argument
     what("--checkpoint", type=Path, nargs="+", metavar="FILE", help="train.py's or a released one; or several")
-    what("--predictions", type=Path, nargs="+", metavar="DIR", help="masks DIR/<video>/<frame>.png, pixel = class from 0")
+    what("--predictions", type=Path, nargs="+", metavar="DIR", help="masks DIR/<video>/<frame>.png, class 0 is 0")
     what("--benchmark", action="store_true", help="measure parameters, operations, time and memory of --variants")
-
     files = parser.add_argument_group("files").add_argument
     files("--data", type=Path, help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
     files("--split", default="val", help="which videos: those that DIR/SPLIT.txt names")
@@ -504,20 +496,15 @@ def parse_args() -> argparse.Namespace:
           help="draw what one pixel of a frame of --data, counted from 0, finds in its references, into --pictures")
     files("--json", type=Path, help="new file for the metrics")
     files("--per-class", action="store_true", help="print each class's IoU, too")
-
     model = parser.add_argument_group("model").add_argument
     model("--model", choices=MODELS, metavar="NAME", help="what a released checkpoint is: mrcfa_b0 ... segformer_b5")
     model("--num-classes", type=positive, help="of a released checkpoint; of the benchmark, there 124 by default")
     model("--dilation", type=positive, nargs="+", metavar="N", help="frames back to references, if not as in training")
     model("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"), help="of frames, if not as in training")
-    model("--amp", choices=AMP, help="mixed precision, for speed on GPUs; float32 without")
-    model("--compile", action="store_true", help="torch.compile the network: pays after a minute or so of compilation")
-    model("--device", type=device, default=DEVICE, help="where the network runs")
-
-    speed = parser.add_argument_group("benchmark").add_argument
-    speed("--variants", nargs="+", choices=MIT_VARIANTS, default=list(PAPER_FPS), metavar="NAME", help="of b0 ... b5")
-    speed("--size", type=positive, nargs=2, default=(480, 864), metavar=("H", "W"), help="multiples of 32")
+    model("--variants", nargs="+", choices=MIT_VARIANTS, default=list(PAPER_RATIO), metavar="NAME", help="to benchmark")
+    model("--size", type=positive, nargs=2, default=(480, 864), metavar=("H", "W"), help="of the benchmark's frames")
     args = parser.parse_args()
+    args.device = torch.device(args.device)
     if not args.benchmark and not args.data and not (args.checkpoint and args.frames):
         parser.error("--data DIR is missing, or --frames DIR to segment with --checkpoint FILE")
     if args.frames and not (args.save or args.overlay):
@@ -543,24 +530,28 @@ def explain_pixel(args: argparse.Namespace):
     model, config = open_model(args, args.checkpoint[0])
     if not isinstance(model, MRCFA):
         raise ValueError(f"--explain: {args.checkpoint[0]} is a {config['model']}, which has no references")
-    name, *numbers = args.explain
-    if not all(number.isdecimal() for number in numbers):
-        raise ValueError(f"--explain {' '.join(args.explain)}: after the video it takes three whole numbers")
-    t, x, y = map(int, numbers)
-    frames = list_frames(args.data / "data" / name / "origin")
+    video, *place = args.explain
+    t, x, y = (int(number) if number.isdecimal() else -1 for number in place)
+    frames = list_frames(args.data / "data" / video / "origin")
     width, height = read_image(frames[0]).size
-    if not len(model.offsets) <= t < len(frames) or x >= width or y >= height:
+    if not (len(model.offsets) <= t < len(frames) and 0 <= x < width and 0 <= y < height):
         raise ValueError(f"--explain {' '.join(args.explain)}: give a frame from {len(model.offsets)} to "
-                        f"{len(frames) - 1}, and a place in its {width}x{height} pixels")
-    path = args.pictures / f"{name}_{t}_{x}_{y}.png"
+                         f"{len(frames) - 1}, and a place in its {width}x{height} pixels")
+    path = args.pictures / f"{video}_{t}_{x}_{y}.png"
     refuse_to_overwrite(path)
     chosen = [frames[i] for i in (*reference_indices(t, model.offsets), t)]
     write_image(explain(model, chosen, config["frame_size"], (x, y)), path)
     print(f"{path} shows what frame {t} finds at ({x}, {y})")
 
 
-def compare(args: argparse.Namespace) -> dict[str, SegmentationMetrics]:
-    """Evaluate checkpoints or saved masks on the same videos."""
+def main():
+    """Do what the command line says."""
+    args = parse_args()
+    for path in (args.save, args.json, args.overlay, args.pictures):
+        if path and not args.explain:
+            refuse_to_overwrite(path)
+    if args.benchmark or args.explain:
+        return benchmark(args) if args.benchmark else explain_pixel(args)
     methods: dict[str, Callable[[Video], Iterable]] = {}
     offsets: Sequence[int] = ()
     classes = own = read_classes(args.data) if args.data else []
@@ -573,35 +564,20 @@ def compare(args: argparse.Namespace) -> dict[str, SegmentationMetrics]:
         if args.data and len(own) != len(classes):
             raise ValueError(f"{path}: has {len(classes)} classes, but {args.data} {len(own)}")
         methods[str(path) if name in methods else name] = predict
-    if args.data:
-        videos = read_split(args.data, args.split, offsets)
-    else:
-        frames = list_frames(args.frames)
-        videos = [Video("", frames, [None] * len(frames))]
-    return evaluate(methods, videos, own or classes, args.save, args.overlay, args.pictures)
-
-
-def main():
-    """Do what the command line says."""
-    args = parse_args()
-    for path in (args.save, args.json, args.overlay, args.pictures):
-        if path and not args.explain:
-            refuse_to_overwrite(path)
-    if args.benchmark:
-        return benchmark(args)
-    if args.explain:
-        return explain_pixel(args)
-    results = compare(args)
     if args.frames:
+        frames = list_frames(args.frames)
+        evaluate(methods, [Video("", frames, [None] * len(frames))], classes, args.save, args.overlay)
         return print(f"the frames are in {' and '.join(str(path) for path in (args.save, args.overlay) if path)}")
+    videos = read_split(args.data, args.split, offsets)
+    results = evaluate(methods, videos, own, args.save, args.overlay, args.pictures)
     metrics = {name: result.compute() for name, result in results.items()}
     print(table(metrics))
     if args.per_class:
         ious = {name: result.class_iou().tolist() for name, result in results.items()}
-        print(table({k: {name: ious[name][i] for name in ious} for i, k in enumerate(read_classes(args.data))}))
+        print(table({k: {name: ious[name][i] for name in ious} for i, k in enumerate(own)}))
     if args.json:
-        values = {name: json_metrics(value) for name, value in metrics.items()}
-        args.json.write_text(json.dumps(values if len(values) > 1 else next(iter(values.values())), indent=2) + "\n")
+        values = metrics if len(metrics) > 1 else next(iter(metrics.values()))
+        args.json.write_text(json.dumps(values, indent=2).replace("NaN", "null") + "\n")
 
 
 if __name__ == "__main__":

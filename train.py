@@ -9,7 +9,6 @@ The run's folder gets last.pt, best.pt (by mIoU), pictures and log.jsonl, an obj
 dropout of step i depend on (seed, i) alone, so a run that was stopped ends as one that wasn't, bit for bit on a CPU.
 """
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -28,8 +27,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import STRIDE, ClipDataset, Video, read_classes, read_split, write_synthetic
-from eval import (AMP, DEVICE, MODELS, ArgumentParser, build_model, command_line, device, evaluate,
-                  json_metrics, load_weights, positive, refuse_to_overwrite, segment_video, table)
+from eval import (AMP, MODELS, ArgumentParser, build_model, command_line, evaluate, load_weights, positive,
+                  refuse_to_overwrite, segment_video, table)
 from mrcfa import MRCFA, OFFSETS, mrcfa_loss
 from segformer import load_strictly, read_checkpoint, segmentation_loss
 
@@ -52,8 +51,7 @@ PROGRESS = ("iteration", "evaluated", "best", "losses", "lines")  # what a run k
 def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The training loss of clips (B, T, 3, h, w) and labels (B, T, h, w) or, of the targets alone, (B, h, w)."""
     if isinstance(getattr(model, "module", model), MRCFA):
-        frame_logits, clip_logits = model(images)
-        return mrcfa_loss(frame_logits, clip_logits, labels)
+        return mrcfa_loss(*model(images), labels)
     if labels.ndim == 3:
         images, labels = images[:, -1:], labels[:, None]
     return segmentation_loss(model(images.flatten(0, 1)), labels.flatten(0, 1))
@@ -72,8 +70,7 @@ def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
 
 def lr_factor(i: int, iters: int, warmup: int) -> float:
     """What iteration i's learning rate is of the base: linear down to 0, after a linear warm-up."""
-    factor = 1 - i / iters
-    return factor * (1 - (1 - i / warmup) * (1 - WARMUP_START)) if i < warmup else factor
+    return (1 - i / iters) * (1 - max(0, 1 - i / max(1, warmup)) * (1 - WARMUP_START))
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]):
@@ -99,20 +96,18 @@ class Run:
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=BETAS)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
-        self.signal = 0
+        self.signal = 0                                         # that told it to stop
         self.iteration, self.evaluated, self.best = 0, 0, -1.0  # `evaluated`: when that was, last
         self.losses: list[float] = []                           # since the log's last line
         self.lines: list[str] = []                              # of the log
 
     def resume(self, checkpoint: dict):
-        """Take over the state of last.pt, and forget what the log says of later iterations."""
+        """Take over the state of last.pt, with the log as it was then."""
         load_strictly(self.model, checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
-        for name in PROGRESS:
-            setattr(self, name, checkpoint[name])
+        vars(self).update((name, checkpoint[name]) for name in PROGRESS)
         if self.rank == 0:
-            write_whole(self.args.out / "log.jsonl", lambda file: file.write("".join(self.lines).encode()))
             print(f"going on at iteration {self.iteration} of {self.args.iters}", file=sys.stderr)
 
     def save(self, name: str):
@@ -126,10 +121,9 @@ class Run:
 
     def log(self, **values):
         """Add a line to log.jsonl."""
-        self.lines.append(json.dumps({"iteration": self.iteration, **values}) + "\n")
+        self.lines.append(json.dumps({"iteration": self.iteration, **values}).replace("NaN", "null") + "\n")
         if self.rank == 0:
-            with open(self.args.out / "log.jsonl", "a") as file:
-                file.write(self.lines[-1])
+            write_whole(self.args.out / "log.jsonl", lambda file: file.write("".join(self.lines).encode()))
 
     def evaluate(self, videos: list[Video]):
         """Evaluate; print, log, and keep the checkpoint if it is the best so far."""
@@ -141,7 +135,7 @@ class Run:
         metrics = results[self.args.model].compute()
         if self.rank == 0:
             tqdm.write(f"iteration {self.iteration}\n{table({self.args.model: metrics})}")
-        self.log(**json_metrics(metrics))
+        self.log(**metrics)
         self.evaluated = self.iteration
         if metrics["mIoU"] > self.best:
             self.best = metrics["mIoU"]
@@ -151,9 +145,9 @@ class Run:
 
     def samples(self, start: int, end: int) -> list[int]:
         """Which of the data set's clips this process takes in iterations start ... end - 1."""
-        size, batches = self.args.batch_size, range(start * self.args.accumulate, end * self.args.accumulate)
-        firsts = (size * (batch * self.processes + self.rank) for batch in batches)
-        return [i for first in firsts for i in range(first, first + size)]
+        batches = range(start * self.args.accumulate, end * self.args.accumulate)
+        firsts = (self.args.batch_size * (batch * self.processes + self.rank) for batch in batches)
+        return [first + i for first in firsts for i in range(self.args.batch_size)]
 
     def step(self, network: Any, batches) -> float:
         """The mean loss of an iteration's `accumulate` batches, and its gradients."""
@@ -165,11 +159,11 @@ class Run:
             images, labels = (x.to(args.device, non_blocking=True) for x in next(batches))
             share = (self.iteration * args.accumulate + i) * self.processes + self.rank
             torch.manual_seed((args.seed << 32) + share)  # dropout follows from the seed and the batch
-            last = i == args.accumulate - 1
-            with contextlib.nullcontext() if last or self.processes == 1 else network.no_sync():
-                with torch.autocast(args.device.type, AMP.get(args.amp), enabled=args.amp in AMP):
-                    loss = loss_of(network, images, labels) / args.accumulate
-                self.scaler.scale(loss).backward()
+            if self.processes > 1:
+                network.require_backward_grad_sync = i == args.accumulate - 1
+            with torch.autocast(args.device.type, AMP.get(args.amp), enabled=args.amp in AMP):
+                loss = loss_of(network, images, labels) / args.accumulate
+            self.scaler.scale(loss).backward()
             total += loss.item()
         return total
 
@@ -203,8 +197,8 @@ class Run:
                 loss, stop = self.agree(own_loss)
                 if not math.isfinite(own_loss):
                     ends = [str(clips.choose(i)[0][-1]) for i in self.samples(self.iteration, self.iteration + 1)]
-                    tqdm.write(f"stopped: the loss of iteration {self.iteration} is {own_loss}, of the clips that end with "
-                               f"{', '.join(ends)}; {args.out / 'last.pt'} is from before it", file=sys.stderr)
+                    print(f"\nstopped: the loss of iteration {self.iteration} is {own_loss}, of the clips that end "
+                          f"with {', '.join(ends)}; {args.out / 'last.pt'} is from before it", file=sys.stderr)
                 if not math.isfinite(loss):  # before it spoils the weights
                     sys.exit(1)
                 self.losses.append(loss)
@@ -220,8 +214,8 @@ class Run:
                 if stop or self.iteration % args.save_every == 0 or self.iteration == args.iters:
                     self.save("last.pt")
                 if stop and self.rank == 0:
-                    tqdm.write(f"stopped at iteration {self.iteration}; to go on: python train.py --resume --out {args.out}",
-                               file=sys.stderr)
+                    print(f"\nstopped at iteration {self.iteration}; "
+                          f"to go on: python train.py --resume --out {args.out}", file=sys.stderr)
                 if stop:
                     sys.exit(128 + (self.signal or signal.SIGTERM))
 
@@ -236,12 +230,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     run("--resume", action="store_true", help="continue the run in --out with the arguments that it was started with")
     run("--pretrained", type=Path, metavar="FILE", help="to start from: MiT, SegFormer, a released MRCFA, or a last.pt")
     run("--seed", type=int, default=0, help="of initialisation, clips and dropout; several show the spread")
-    run("--device", type=device, default=DEVICE, help="where the network runs")
     run("--workers", type=int, default=2, help="processes that load clips: more if the network waits for them")
     run("--log-every", type=positive, default=50, help="iterations to average into a line of log.jsonl")
     run("--save-every", type=positive, default=500, help="iterations between checkpoints: what a crash costs at most")
     run("--eval-every", type=int, default=0, help="iterations between evaluations; 0 evaluates at the end alone")
-
     clips = parser.add_argument_group("clips").add_argument
     clips("--batch-size", type=positive, help="clips a process takes at a time; the paper's 8 are 4 GPUs x 2")
     clips("--dilation", dest="offsets", type=positive, nargs="+", default=OFFSETS, metavar="N",
@@ -250,19 +242,13 @@ def add_arguments(parser: argparse.ArgumentParser):
           help="scale frames to fit this, here and in evaluation; smaller is faster and coarser")
     clips("--scale-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="random factor on that; 1 1: as it is")
     clips("--crop", type=positive, nargs=2, metavar=("H", "W"), help="multiples of 32: memory and time depend on it")
-
-    speed = parser.add_argument_group("speed").add_argument
-    speed("--accumulate", type=positive, default=1, help="batches an iteration: a large one in little memory")
-    speed("--amp", choices=AMP, help="mixed precision, fp16 with scaled gradients; float32 without")
-    speed("--compile", action="store_true", help="torch.compile the network: pays after some minutes of compilation")
-
     recipe = parser.add_argument_group("optimiser").add_argument
+    recipe("--accumulate", type=positive, default=1, help="batches an iteration: a large one in little memory")
     recipe("--iters", type=positive, help="iterations, over which the learning rate falls to 0")
     recipe("--lr", type=float, help="AdamW's learning rate for the encoder; higher from scratch")
     recipe("--head-lr", type=float, help="times that for everything else; 1 from scratch, where nothing is ahead")
     recipe("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the encoder's LayerNorms")
     recipe("--warmup", type=int, help="iterations over which the rate rises; fewer in a short training")
-
     model = parser.add_argument_group("MRCFA, and what it is without its parts").add_argument
     model("--reference-stride", type=int, choices=(16, 32), help="of reference tokens: 16 is finer, and slower")
     model("--positive-kernels", action=argparse.BooleanOptionalAction,
@@ -272,36 +258,28 @@ def add_arguments(parser: argparse.ArgumentParser):
     model("--no-aggregate", dest="aggregate", action="store_false", help="leave out MAA: the finest scale alone")
 
 
-def read_run(out: Path) -> dict:
-    """The last checkpoint of a run."""
-    checkpoint = read_checkpoint(out / "last.pt")
-    if not checkpoint.keys() >= {"optimizer", "scaler", *PROGRESS} or "iters" not in checkpoint["config"]:
-        raise ValueError(f"{out / 'last.pt'}: is of no run, or of an earlier version; use it as --pretrained")
-    return checkpoint
-
-
 def parse_args() -> argparse.Namespace:
     """The command line of a training: flags, above the run that is resumed, above the data set's recipe."""
-    parser = ArgumentParser(description="Train MRCFA or SegFormer on labelled videos. Defaults are those of the synthetic "
-                            "videos; RECIPES in train.py has the other data sets'.",
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser("Train MRCFA or SegFormer on labelled videos. Defaults are those of the synthetic videos; "
+                            "RECIPES in train.py has the other data sets'.")
     add_arguments(parser)
     parser.set_defaults(**dict(zip(RECIPE, RECIPES["synthetic"])))
     args = parser.parse_args()
     out = args.out or Path("runs") / args.model
     if args.resume:  # what the run was started with are the defaults now
-        parser.set_defaults(**read_run(out)["config"])
+        checkpoint = read_checkpoint(out / "last.pt")
+        if not checkpoint.keys() >= {"optimizer", "scaler", *PROGRESS} or "iters" not in checkpoint["config"]:
+            parser.error(f"{out / 'last.pt'} is of no run, or of an earlier version; use it as --pretrained")
+        parser.set_defaults(**checkpoint["config"])
     else:
         dataset = args.dataset or ("folder" if args.data else "synthetic")
         parser.set_defaults(dataset=dataset, **dict(zip(RECIPE, RECIPES[dataset])))
     args = parser.parse_args(namespace=argparse.Namespace(out=out))
     if args.data is None and args.dataset != "synthetic":
         parser.error(f"--data DIR is missing: the folder of the {args.dataset} data set")
-    args.data = args.data or SYNTHETIC
+    args.data, args.device = args.data or SYNTHETIC, torch.device(args.device)
     if args.crop[0] % STRIDE or args.crop[1] % STRIDE:
         parser.error(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}")
-    if args.keep_ratio is not None and not 0 < args.keep_ratio <= 1:
-        parser.error(f"--keep-ratio {args.keep_ratio}: must lie above 0 and be at most 1")
     if not 0 < args.scale_range[0] <= args.scale_range[1]:
         parser.error(f"--scale-range {args.scale_range[0]} {args.scale_range[1]}: must rise, from above 0")
     return args
@@ -309,7 +287,6 @@ def parse_args() -> argparse.Namespace:
 
 def train(args: argparse.Namespace):
     """Train and evaluate in this process, alone or as one of several."""
-    checkpoint = read_run(args.out) if args.resume else None
     if not args.resume:
         refuse_to_overwrite(args.out, f"go on with that run (--resume --out {args.out}) or name another folder (--out)")
     if args.dataset == "synthetic" and not args.data.exists() and not int(os.environ.get("LOCAL_RANK", 0)):
@@ -318,8 +295,8 @@ def train(args: argparse.Namespace):
         dist.barrier()  # until the videos are there, and all have seen that the run's folder isn't
     args.classes = read_classes(args.data)
     videos, val = (read_split(args.data, split, args.offsets) for split in ("train", "val"))
-    clips = ClipDataset(videos, len(args.classes), args.offsets, args.crop, args.frame_size, args.scale_range, args.seed)
-
+    clips = ClipDataset(videos, len(args.classes), args.offsets, args.crop, args.frame_size, args.scale_range,
+                        args.seed)
     torch.manual_seed(args.seed)
     model = build_model(vars(args))
     if args.positive_kernels and isinstance(model, MRCFA):
@@ -334,16 +311,14 @@ def train(args: argparse.Namespace):
     if run.rank == 0 and clips.too_short:
         print(f"warning: {clips.too_short} of {len(videos)} training videos are too short for --dilation "
               f"{max(args.offsets)} and left out", file=sys.stderr)
-    if checkpoint:
-        run.resume(checkpoint)
+    if args.resume:
+        run.resume(read_checkpoint(args.out / "last.pt"))
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         run.save("last.pt")  # from here on there is something to resume
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            # The training ends when its step is done; the handler from before comes back at the end.
-            stack.callback(signal.signal, number, signal.signal(number, lambda n, _: setattr(run, "signal", n)))
-        run.train(clips, val)
+    for number in (signal.SIGTERM, signal.SIGINT):  # the training ends when its step is done
+        signal.signal(number, lambda n, _: setattr(run, "signal", n))
+    run.train(clips, val)
     if run.rank == 0:
         print(f"the run is in {args.out}: checkpoints, log and pictures")
 
