@@ -74,12 +74,10 @@ class SegmentationMetrics:
                                      f"but classes are 0 ... {k - 1}")
             confusion += torch.bincount(k * label + prediction, minlength=k * k).view(k, k)
         self.confusion += confusion
-        if len(labels) <= max(WINDOWS):
-            return
         # For how many frames, this one included, has each pixel had the value it has now? It is constant over the
         # n frames that end here where that is at least n. The protocol leaves out the window that ends with the video.
         label_run = prediction_run = torch.ones(labels.shape[1:], dtype=torch.int32)
-        for t in range(1, len(labels) - 1):
+        for t in range(1, len(labels) - 1 if len(labels) > max(WINDOWS) else 1):
             label_run = torch.where(labels[t] == labels[t - 1], label_run + 1, 1)
             prediction_run = torch.where(predictions[t] == predictions[t - 1], prediction_run + 1, 1)
             for n in WINDOWS:
@@ -319,7 +317,7 @@ def build_model(config: dict) -> nn.Module:
 
 
 def load_weights(model: nn.Module, checkpoint: dict, path: Path):
-    """Load weights of train.py, of a released MRCFA, or of a SegFormer or its encoder, told apart by their keys.
+    """Load train.py's weights, a released MRCFA's, or those of a SegFormer or its encoder, told apart by their keys.
 
     Classifiers of other classes keep their initialisation. Raises ValueError, with the path, if anything else is wrong.
     """
@@ -327,10 +325,8 @@ def load_weights(model: nn.Module, checkpoint: dict, path: Path):
         state = read_state_dict(checkpoint)
         if "decode_head.sr1_feat.weight" in state:
             state = rename_official(state)
-        elif "config" not in checkpoint:
+        if "value.weight" not in state:  # an MRCFA has that
             return load_pretrained(model, state)
-        if "value.weight" not in state:
-            model = getattr(model, "segformer", model)  # a SegFormer's weights go into the one inside an MRCFA
         own = model.state_dict()
         other = {k for k, value in state.items() if "classifier" in k and len(value) != len(own.get(k, value))}
         if other:
@@ -340,30 +336,34 @@ def load_weights(model: nn.Module, checkpoint: dict, path: Path):
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_model(path: Path, name: str | None = None, num_classes: int | None = None) -> tuple[nn.Module, dict]:
-    """The model of a checkpoint, one of train.py's or a released one of that name and class count, and its config.
+def load_model(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict]:
+    """A checkpoint's model, ready to run as the command line says, and its config.
 
-    Raises ValueError where the file is none, or is of another model or class count than asked for.
+    Raises ValueError where the file is none, or is of another model or class count than the command line says.
     """
     checkpoint = read_checkpoint(path)
     config = checkpoint.get("config")
-    if config is None and not (name and num_classes):
+    if config is None and not (args.model and args.num_classes):
         raise ValueError(f"{path}: is not train.py's; for a released checkpoint give --model and --num-classes")
     if config is None:
         state = read_state_dict(checkpoint)
         renamed, value = rename(state), state.get("decode_head.sr1_feat.weight")
         stride = REFERENCE_STRIDE if value is None else 8 * value.shape[-1]
-        config = {"model": ("segformer" if value is None else "mrcfa") + str(name)[-3:],
+        config = {"model": ("segformer" if value is None else "mrcfa") + args.model[-3:],
                   "classes": [f"class {i}" for i in range(len(renamed.get("classifier.1.bias", ())))],
                   "frame_size": FRAME_SIZE if stride == REFERENCE_STRIDE else CITYSCAPES_FRAME_SIZE,
                   "embed_dim": len(renamed.get("head.fuse.weight", ())) or EMBED_DIM,
                   **dict(zip(MRCFA_ARGUMENTS, (stride, None, True, True, OFFSETS)))}
-    if name not in (None, config["model"]) or num_classes not in (None, len(config["classes"])):
+    if args.model not in (None, config["model"]) or args.num_classes not in (None, len(config["classes"])):
         raise ValueError(f"{path}: is a {config['model']} and has {len(config['classes'])} classes, but --model says "
-                         f"{name} and --num-classes {num_classes}")
+                         f"{args.model} and --num-classes {args.num_classes}")
     model = build_model(config)
     load_weights(model, checkpoint, path)
-    return model, config
+    if isinstance(model, MRCFA):
+        model.offsets = tuple(args.dilation or model.offsets)
+    if args.compile:
+        compile_parts(model)
+    return model.eval().to(args.device), {**config, "frame_size": args.frame_size or config["frame_size"]}
 
 
 def compile_parts(model: nn.Module):
@@ -514,20 +514,9 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def open_model(args: argparse.Namespace, path: Path) -> tuple[nn.Module, dict]:
-    """A model as the command line wants it, ready to run, and its config."""
-    model, config = load_model(path, args.model, args.num_classes)
-    if args.dilation and isinstance(model, MRCFA):
-        model.offsets = tuple(args.dilation)
-    model.eval().to(args.device)
-    if args.compile:
-        compile_parts(model)
-    return model, {**config, "frame_size": args.frame_size or config["frame_size"]}
-
-
 def explain_pixel(args: argparse.Namespace):
     """Draw what --explain asks for."""
-    model, config = open_model(args, args.checkpoint[0])
+    model, config = load_model(args.checkpoint[0], args)
     if not isinstance(model, MRCFA):
         raise ValueError(f"--explain: {args.checkpoint[0]} is a {config['model']}, which has no references")
     video, *place = args.explain
@@ -558,7 +547,7 @@ def main():
     for path in args.checkpoint or args.predictions:
         name, predict = path.name, partial(saved_masks, folder=path, num_classes=len(own))
         if args.checkpoint:
-            model, config = open_model(args, path)
+            model, config = load_model(path, args)
             name, classes, offsets = config["model"], config["classes"], getattr(model, "offsets", offsets)
             predict = partial(segment_video, model=model, frame_size=config["frame_size"], amp=args.amp)
         if args.data and len(own) != len(classes):

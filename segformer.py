@@ -249,7 +249,8 @@ RENAMES = {
     r"attention\.self\.query": "attn.q", r"attention\.self": "attn", r"attention\.output\.dense": "attn.proj",
     r"attn\.sr": "attn.reduce", r"mlp\.dense": "mlp.fc", r"dwconv\.dwconv": "dwconv",
     r"^linear_c\.(\d)\.proj": r"head.linears.\1", r"^linear_fuse\.bn|^batch_norm": "head.norm",
-    r"^linear_fuse(?:\.conv)?": "head.fuse", r"^(?:linear_pred|classifier)": "classifier.1",
+    r"^linear_fuse(?:\.conv)?": "head.fuse", r"^(?:linear_pred|classifier)\b(?!\.1)": "classifier.1",
+    r"^stages": "encoder.stages",  # ours
 }
 # The ImageNet classifiers, and a layer that mmsegmentation creates and never uses.
 DEAD_KEYS = re.compile(r"(head|classifier|decode_head\.conv_seg)\.(weight|bias)")
@@ -286,13 +287,12 @@ def read_state_dict(source) -> dict[str, Tensor]:
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        where = "the dict" if isinstance(source, dict) else source
-        raise ValueError(f"{where}: holds no state dict (tensors by name, bare or under 'state_dict' or 'model')")
+        raise ValueError("there is no state dict (tensors by name, bare or under 'state_dict' or 'model')")
     return state
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """NVlabs', Hugging Face's or mmsegmentation's weights under the keys of our `SegFormer`, without dead keys."""
+    """NVlabs', Hugging Face's, mmsegmentation's or our weights under the keys of our `SegFormer`, without dead keys."""
     renamed = {}
     for key, value in state.items():
         if DEAD_KEYS.fullmatch(key):

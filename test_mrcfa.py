@@ -755,7 +755,8 @@ def test_cityscapes_trains_and_evaluates_its_labelled_frames_alone(model, tmp_pa
     assert run(evaluation, monkeypatch, "--predictions", masks, "--data", root) == 0
     assert capsys.readouterr().out.strip().splitlines()[-1].split()[1:] == row[1:]
     if model == "mrcfa_b0":  # the logits of the second video's clip: played backwards, as nothing comes before
-        network, _ = evaluation.load_model(out / "last.pt")
+        network = MRCFA("b0", 19, 16)
+        network.load_state_dict(torch.load(out / "last.pt", weights_only=True)["model"])
         frames = [root / f"leftImg8bit_sequence/val/munster/munster_000002_{t:06d}_leftImg8bit.png" for t in (39, 36, 33, 30)]
         clip = torch.stack([network_input(next(data.read_frames([path])), (128, 64)) for path in frames])
         with torch.no_grad():
@@ -867,7 +868,7 @@ def test_killed_training_goes_on_as_if_nothing_had_been(videos, tmp_path, monkey
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     args = ["--data", videos, "--iters", 4, "--save-every", 1, "--eval-every", 2, *SMALL]
     assert run(training, monkeypatch, *args, "--out", whole) == 0
-    # Inside the very first checkpoint, then inside an evaluation, then just before the last checkpoint gets its name.
+    # Inside the very first checkpoint, then inside an evaluation, then just before a checkpoint gets its name.
     assert processes(([*args, "--out", killed], 0, None, "writing", 0)) == [-signal.SIGKILL]
     assert processes(([*args, "--out", killed], 0, None, "evaluation", 5)) == [-signal.SIGKILL]
     assert processes((["--resume", "--out", killed], 0, None, "written", 4)) == [-signal.SIGKILL]

@@ -167,13 +167,6 @@ class Run:
             total += loss.item()
         return total
 
-    def agree(self, loss: float) -> tuple[float, bool]:
-        """The mean loss of all processes, not finite if one isn't, and whether any of them was told to stop."""
-        status = torch.tensor([loss, self.signal > 0], device=self.args.device)
-        if self.processes > 1:
-            dist.all_reduce(status)
-        return status[0].item() / self.processes, bool(status[1] > 0)
-
     def train(self, clips: ClipDataset, val: list[Video]):
         """Train from the current iteration to the last one."""
         args, network = self.args, self.model.train()
@@ -194,7 +187,10 @@ class Run:
                 if last:
                     return
                 own_loss = self.step(network, batches)
-                loss, stop = self.agree(own_loss)
+                status = torch.tensor([own_loss, self.signal > 0], device=args.device)  # which all processes share
+                if self.processes > 1:
+                    dist.all_reduce(status)
+                loss, stop = status[0].item() / self.processes, bool(status[1] > 0)
                 if not math.isfinite(own_loss):
                     ends = [str(clips.choose(i)[0][-1]) for i in self.samples(self.iteration, self.iteration + 1)]
                     print(f"\nstopped: the loss of iteration {self.iteration} is {own_loss}, of the clips that end "
