@@ -208,7 +208,7 @@ class ClipDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, videos: list[Video], num_classes: int, offsets: Sequence[int], crop: Sequence[int],
-                 frame_size: Sequence[int] = FRAME_SIZE, scale_range: Sequence[float] = (0.5, 2.0), seed: int = 0):
+                 frame_size: Sequence[int] = FRAME_SIZE, scale_range: tuple[float, float] = (0.5, 2.0), seed: int = 0):
         self.num_classes, self.offsets, self.crop = num_classes, offsets, crop
         self.frame_size, self.scale_range, self.seed = frame_size, scale_range, seed
         self.videos = [video for video in videos if any(targets for _, targets in self.ways(video))]

@@ -12,7 +12,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from segformer import (EMBED_DIM, MIT_VARIANTS, SegFormer, bands, bilinear_matri
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
 MRCFA_ARGUMENTS = ("reference_stride", "keep_ratio", "refine", "aggregate", "offsets")
 WINDOWS = (8, 16)              # n of the video consistencies mVC_n, in frames
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP: dict[str | None, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
 PICTURED = 3                   # videos of which there are pictures
 PANEL, SHEET_COLUMNS = 200, 8  # of pictures: the long side of a panel in pixels, moments of a video on a sheet
@@ -144,7 +144,7 @@ def saved_masks(video: Video, folder: Path, num_classes: int) -> Iterator[np.nda
         yield mask
 
 
-def evaluate(methods: dict[str, Callable[[Video], Iterable]], videos: list[Video], classes: Sequence[str],
+def evaluate(methods: Mapping[str, Callable[[Video], Iterable]], videos: list[Video], classes: Sequence[str],
              save: Path | None = None, over: Path | None = None,
              pictures: Path | None = None) -> dict[str, SegmentationMetrics]:
     """Compare what each method gives for a video, a mask a frame, with its labels.

@@ -913,6 +913,10 @@ def test_released_checkpoint_goes_through_evaluation(videos, tmp_path, monkeypat
         assert run(evaluation, monkeypatch, *args, *more) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert str(path) in error and message in error
+    torch.save(SegFormer("b0", 3, embed_dim=768).state_dict(), path)  # as wide as the published heads of b2 ... b5
+    for classes in (3, 4):
+        code = run(evaluation, monkeypatch, *args, "--model", "segformer_b0", "--num-classes", classes)
+        assert code == (0 if classes == 3 else 2)
 
 
 def test_training_starts_from_released_and_own_weights(videos, tmp_path, monkeypatch, capsys):

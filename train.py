@@ -51,7 +51,8 @@ PROGRESS = ("iteration", "evaluated", "best", "losses", "lines")  # what a run k
 def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The training loss of clips (B, T, 3, h, w) and labels (B, T, h, w) or, of the targets alone, (B, h, w)."""
     if isinstance(getattr(model, "module", model), MRCFA):
-        return mrcfa_loss(*model(images), labels)
+        frame_logits, clip_logits = model(images)
+        return mrcfa_loss(frame_logits, clip_logits, labels)
     if labels.ndim == 3:
         images, labels = images[:, -1:], labels[:, None]
     return segmentation_loss(model(images.flatten(0, 1)), labels.flatten(0, 1))
