@@ -240,7 +240,7 @@ def save_pictures(path: Path, video: Video, moments: list[tuple], names: Sequenc
         rows.append([panel(read_image(video.frames[t]), f"{video.name}, frame {t}"), panel(coloured(labels), "label"),
                      *(panel(coloured(np.where(hatched & (mask != labels), WRONG, mask)), f"{name}, errors hatched")
                        for name, mask in zip(names, masks))])
-    present = set(np.unique([x for _, *maps in moments for x in maps]).tolist()) - {IGNORE}
+    present = {int(k) for _, *maps in moments for x in maps for k in np.unique(x)} - {IGNORE}
     blank = Image.new("RGB", fit(labels.shape[::-1], PANEL, PANEL), "white")
     key = draw_legend(blank.copy(), sorted(present), classes)
     keys = [panel(key, "classes"), *[panel(blank, "")] * (1 + len(masks))]
@@ -286,8 +286,7 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], pla
         reference = model.reference(features, F.avg_pool2d(fused, 2))
         kept, *keys, _ = model.keep(queries, reference)
         steps = {f"A{l} (target stride {2 ** (l + 1)})": product(queries[l - 2].q, keys[l - 2]) for l in (4, 3, 2)}
-        steps |= {f"SAR: G{l}(A{l})": g.of_product(queries[l - 2], keys[l - 2])
-                  for l, g in ((4, sar.g4), (3, sar.g3), (2, sar.g2))}
+        steps |= {f"SAR: G{l}(A{l})": getattr(sar, f"g{l}").of_product(queries[l - 2], keys[l - 2]) for l in (4, 3, 2)}
         steps |= {"MAA: M2": sar(queries, keys), "B: what is read": model.attend(queries, reference)[0]}
         # Each step as an image of the target's positions for each token, (m, h_l, w_l), and what the pixel has in them.
         images_of = {name: step[0].unflatten(0, (kept.shape[1], -1)).mean(1).cpu() for name, step in steps.items()}

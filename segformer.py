@@ -230,7 +230,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -
                 loss = F.cross_entropy(full, label[:, rows], ignore_index=ignore_index, reduction="sum")
                 grad[:, :, source] += torch.autograd.grad(loss, part)[0]
                 total += loss.detach()
-        linear = (logits * gradient).sum()  # has that gradient; its value is taken away again
+        linear = logits.flatten() @ gradient.flatten()  # has that gradient; its value is taken away again
     return (total + (linear - linear.detach())) / labels.numel()
 
 
