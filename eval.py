@@ -508,8 +508,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--data DIR is missing, or --frames DIR to segment with --checkpoint FILE")
     if args.frames and not (args.save or args.overlay):
         parser.error("--frames needs --save DIR for the masks, or --overlay DIR")
-    if args.explain and not (args.checkpoint and args.pictures):
-        parser.error("--explain needs --checkpoint FILE, and --pictures DIR for its picture")
+    if args.explain and not (args.checkpoint and args.pictures and args.data):
+        parser.error("--explain needs --checkpoint FILE, --data DIR, and --pictures DIR for its picture")
     return args
 
 
@@ -551,7 +551,7 @@ def main():
             predict = partial(segment_video, model=model, frame_size=config["frame_size"], amp=args.amp)
         if args.data and len(own) != len(classes):
             raise ValueError(f"{path}: has {len(classes)} classes, but {args.data} {len(own)}")
-        methods[str(path) if name in methods else name] = predict
+        methods[f"{name}_{len(methods) + 1}" if name in methods else name or "masks"] = predict
     if args.frames:
         frames = list_frames(args.frames)
         evaluate(methods, [Video("", frames, [None] * len(frames))], classes, args.save, args.overlay)
