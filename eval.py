@@ -342,6 +342,8 @@ def load_model(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict]:
     """
     checkpoint = read_checkpoint(path)
     config = checkpoint.get("config")
+    if config is not None and not {"model", "classes", "frame_size", *MRCFA_ARGUMENTS} <= set(config):
+        raise ValueError(f"{path}: its 'config' is not one of train.py's")
     if config is None and not (args.model and args.num_classes):
         raise ValueError(f"{path}: is not train.py's; for a released checkpoint give --model and --num-classes")
     if config is None:
@@ -538,6 +540,8 @@ def main():
     for path in (args.save, args.json, args.overlay, args.pictures):
         if path and not args.explain:
             refuse_to_overwrite(path)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     if args.benchmark or args.explain:
         return benchmark(args) if args.benchmark else explain_pixel(args)
     methods: dict[str, Callable[[Video], Iterable]] = {}

@@ -181,7 +181,7 @@ class Run:
         with tqdm(total=args.iters, initial=self.iteration, desc=args.model, unit="it", dynamic_ncols=True,
                   disable=self.rank > 0) as bar:
             while True:
-                last = self.iteration == args.iters
+                last = self.iteration >= args.iters
                 due = last or args.eval_every and self.iteration % args.eval_every == 0
                 if due and self.evaluated < self.iteration:
                     self.evaluate(val)
@@ -265,7 +265,7 @@ def parse_args() -> argparse.Namespace:
     out = args.out or Path("runs") / args.model
     if args.resume:  # what the run was started with are the defaults now
         checkpoint = read_checkpoint(out / "last.pt")
-        if not checkpoint.keys() >= {"optimizer", "scaler", *PROGRESS} or "iters" not in checkpoint["config"]:
+        if not checkpoint.keys() >= {"optimizer", "scaler", *PROGRESS} or "iters" not in checkpoint.get("config", ()):
             parser.error(f"{out / 'last.pt'} is of no run, or of an earlier version; use it as --pretrained")
         parser.set_defaults(**checkpoint["config"])
     else:
@@ -277,8 +277,11 @@ def parse_args() -> argparse.Namespace:
     args.data, args.device = args.data or SYNTHETIC, torch.device(args.device)
     if args.crop[0] % STRIDE or args.crop[1] % STRIDE:
         parser.error(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}")
-    if not 0 < args.scale_range[0] <= args.scale_range[1]:
-        parser.error(f"--scale-range {args.scale_range[0]} {args.scale_range[1]}: must rise, from above 0")
+    if not 0.1 <= args.scale_range[0] <= args.scale_range[1] <= 10:
+        parser.error(f"--scale-range {args.scale_range[0]} {args.scale_range[1]}: must rise, within 0.1 ... 10")
+    for name in ("seed", "workers", "lr", "head_lr", "weight_decay", "warmup", "eval_every"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
     return args
 
 
