@@ -686,6 +686,10 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
     again = tmp_path / "again.json"
     assert run(evaluation, monkeypatch, "--predictions", masks, "--data", videos, "--json", again) == 0
     assert json.loads(again.read_text()) == metrics
+    # Two of one name: the copies get names of their own, inside the new folder alone.
+    copies = tmp_path / "copies"
+    assert run(evaluation, monkeypatch, "--predictions", masks, masks, "--data", videos, "--save", copies) == 0
+    assert sorted(path.name for path in copies.iterdir()) == ["masks", "masks_2"] and sorted((masks / "v").iterdir()) == saved
 
     for args in ([training, "--data", videos, "--out", out], [evaluation, "--predictions", masks, "--data", videos, "--json", result],
                  [evaluation, "--checkpoint", out / "last.pt", "--data", videos, "--save", masks]):
@@ -1036,6 +1040,9 @@ def test_bad_data_is_one_line_that_names_it(how, message, videos, tmp_path, monk
     (training, ["--model", "mrcfa_b7"], "mrcfa_b7"),
     (training, ["--keep-ratio", "1.5"], "keep_ratio must lie in (0, 1], not 1.5"),
     (training, ["--device", "quantum"], "quantum"),
+    (training, ["--seed", "-1"], "--seed -1: must be 0 or more"),
+    (training, ["--lr", "nan"], "--lr nan: must be 0 or more"),
+    (training, ["--scale-range", "0.001", "1"], "--scale-range 0.001 1.0"),
     (training, ["--resume", "--out", "{videos}/none"], "none/last.pt"),
     (training, ["--data", "{videos}", "--pretrained", "none.pth", *map(str, SMALL)], "none.pth"),
     (evaluation, ["--data", "{videos}", "--checkpoint", "none.pt"], "none.pt"),
