@@ -74,6 +74,8 @@ def read_lines(path: Path) -> list[str]:
 
 def read_classes(root: Path) -> list[str]:
     """The class names of a data folder in label order: Cityscapes' 19, those of classes.txt, or VSPW's 124."""
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such data folder; give the one that holds train.txt, val.txt and data/")
     if (root / "gtFine").is_dir():
         return CITYSCAPES_CLASSES
     classes = read_lines(root / "classes.txt") if (root / "classes.txt").exists() else VSPW_CLASSES
@@ -84,8 +86,6 @@ def read_classes(root: Path) -> list[str]:
 
 def read_split(root: Path, split: str, offsets: Sequence[int] = ()) -> list[Video]:
     """The videos of a split, of Cityscapes just the frames at `offsets`; the errors name what is missing."""
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such data folder; give the one that holds {split}.txt and data/")
     if (root / "gtFine").is_dir():
         return read_cityscapes(root, split, offsets)
     videos = []
@@ -172,8 +172,7 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int) -> Image.Im
         values = range(num_classes)
     highest = max((value for value, count in enumerate(image.histogram()[:IGNORE]) if count), default=0)
     if highest > max(values):
-        raise ValueError(f"{path}: label {highest}, but there are {num_classes} classes "
-                         f"({values[0]} ... {values[-1]}; 0 and 255 are ignored)")
+        raise ValueError(f"{path}: label {highest}, but there are {num_classes} classes, {values[0]} ... {values[-1]}")
     return image.point([values.index(value) if value in values else IGNORE for value in range(256)])
 
 
@@ -246,6 +245,7 @@ class ClipDataset(torch.utils.data.Dataset):
         images, targets = torch.zeros(len(frames), 3, *self.crop), torch.full((len(labels), *self.crop), IGNORE)
 
         def cut(image: Image.Image, how: Image.Resampling) -> Image.Image:
+            """The crop of an image, scaled and flipped."""
             image = image.resize((width, height), how, box)  # nothing outside the crop is ever scaled
             return ImageOps.mirror(image) if flip else image
 
@@ -271,7 +271,8 @@ class ClipDataset(torch.utils.data.Dataset):
 
 def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast, saturation and hue, each changed with p = 0.5, contrast before the other two or after."""
-    def curve(values: np.ndarray) -> list[int]:  # whatever acts on each value by itself is a table of 256 entries
+    def curve(values: np.ndarray) -> list[int]:
+        """256 values as a look-up table, which does whatever acts on each value by itself."""
         return values.clip(0, 255).round().astype(int).tolist()
 
     levels = np.arange(256.0)
@@ -331,7 +332,8 @@ def synthetic_video(rng: np.random.Generator) -> Iterator[tuple[Image.Image, Ima
     (width, height), margin = SYNTHETIC_SIZE, 40
     y, x = np.mgrid[:height, :width].astype(np.float32)
 
-    def noise(cell: int) -> np.ndarray:  # a smooth random texture in -1 ... 1, larger than the frame by the margins
+    def noise(cell: int) -> np.ndarray:
+        """A smooth random texture in -1 ... 1, larger than the frame by the margins."""
         size = width + 2 * margin, height + 2 * margin
         grains = rng.uniform(-1, 1, (size[1] // cell, size[0] // cell)).astype(np.float32)
         return np.array(Image.fromarray(grains).resize(size, Image.Resampling.BICUBIC))

@@ -34,7 +34,7 @@ from segformer import (EMBED_DIM, MIT_VARIANTS, SegFormer, bands, bilinear_matri
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
 MRCFA_ARGUMENTS = ("reference_stride", "keep_ratio", "refine", "aggregate", "offsets")
 WINDOWS = (8, 16)              # n of the video consistencies mVC_n, in frames
-AMP: dict[str | None, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
 PICTURED = 3                   # videos of which there are pictures
 PANEL, SHEET_COLUMNS = 200, 8  # of pictures: the long side of a panel in pixels, moments of a video on a sheet
@@ -115,11 +115,17 @@ def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequenc
     to the frame's, argmax. Sizes are (height, width)."""
     # Each side's two resizes are one matrix. Columns come first, while there are few rows; then a band of rows at a
     # time, so that all classes are never at full size and the band fits into the cache.
-    rows, columns = ((bilinear_matrix(network, frame) @ bilinear_matrix(small, network)).to(logits)
+    rows, columns = (bilinear_matrix(network, frame) @ bilinear_matrix(small, network)
                      for small, network, frame in zip(logits.shape[1:], network_size, frame_size))
-    wide = torch.cat([logits[..., source] @ columns[band, source].T for band, source in bands(columns, 64)], dim=-1)
-    masks = [(rows[band, source] @ wide[:, source]).max(0).indices for band, source in bands(rows, 16)]
+    of_rows, of_columns, rows, columns = bands(rows, 16), bands(columns, 64), rows.to(logits), columns.to(logits)
+    wide = torch.cat([logits[..., source] @ columns[band, source].T for band, source in of_columns], dim=-1)
+    masks = [(rows[band, source] @ wide[:, source]).max(0).indices for band, source in of_rows]
     return torch.cat(masks).to(torch.uint8)
+
+
+def autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    """Mixed precision for the network: "bf16", "fp16", or None for plain float32."""
+    return torch.autocast(device.type, AMP[amp] if amp else None, enabled=amp is not None)
 
 
 def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
@@ -128,7 +134,7 @@ def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
     device = next(model.parameters()).device
     network = model.stream() if isinstance(model, MRCFA) else lambda frame: model(frame[None])[0]
     for image in read_frames(video.frames):
-        with torch.no_grad(), torch.autocast(device.type, AMP.get(amp), enabled=amp in AMP):
+        with torch.no_grad(), autocast(device, amp):
             x = network_input(image, frame_size).to(device)
             logits = network(x).float()
         yield decode_mask(logits, x.shape[-2:], image.size[::-1]).cpu().numpy()
@@ -402,7 +408,8 @@ def benchmark(args: argparse.Namespace):
     print("| | M params | GFLOPs | ms | FPS | / SegFormer | paper's | ms with mask | FPS with mask | peak MB |")
     print("|---|" + "---:|" * 9)
 
-    def seconds(work: Callable[[], object]) -> float:  # once it has been done twice to warm up
+    def seconds(work: Callable[[], object]) -> float:
+        """How long some work takes, once it has been done twice to warm up."""
         return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(1).mean
 
     for variant in args.variants:
@@ -422,7 +429,7 @@ def benchmark(args: argparse.Namespace):
             compile_parts(part)
         for name, method in ROUNDS * list(methods.items()):
             peak_memory(device, reset=True)
-            with torch.autocast(device.type, AMP.get(args.amp), enabled=args.amp in AMP):
+            with autocast(device, args.amp):
                 network, memory[name], logits = seconds(method), peak_memory(device), method().float()
             times[name].append((network, network + seconds(lambda: decode_mask(logits, size, FRAME_SIZE[::-1]))))
         for name in methods:
@@ -443,7 +450,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         self.add_argument("--device", choices=DEVICES, default=DEVICES[0], help="where the network runs")
-        self.add_argument("--amp", choices=AMP, help="mixed precision, of training with scaled gradients for fp16")
+        self.add_argument("--amp", choices=AMP, help="mixed precision; in training fp16 scales its gradients")
         self.add_argument("--compile", action="store_true", help="torch.compile the network: pays after some minutes")
 
     def error(self, message: str):
@@ -484,7 +491,8 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser("Evaluate checkpoints or saved masks, segment a folder of frames, or measure the speed.")
     what = parser.add_mutually_exclusive_group(required=True).add_argument
     what("--checkpoint", type=Path, nargs="+", metavar="FILE", help="train.py's or a released one; or several")
-    what("--predictions", type=Path, nargs="+", metavar="DIR", help="masks DIR/<video>/<frame>.png, class 0 is 0")
+    what("--predictions", type=Path, nargs="+", metavar="DIR",
+         help="score the masks DIR/<video>/<frame>.png, pixel = class from 0; or several folders")
     what("--benchmark", action="store_true", help="measure parameters, operations, time and memory of --variants")
     files = parser.add_argument_group("files").add_argument
     files("--data", type=Path, help="data folder with SPLIT.txt and data/<video>/{origin,mask}")

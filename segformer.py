@@ -220,11 +220,12 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -
     # Full-size maps of K classes are what fills the memory in training. The gradient with respect to the *small* logits
     # is small, so it is taken here already, a band of rows at a time: nothing larger is alive, and a band is in cache.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    matrix, width = bilinear_matrix(logits.shape[2], labels.shape[1]).to(logits), labels.shape[2]
+    matrix, width = bilinear_matrix(logits.shape[2], labels.shape[1]), labels.shape[2]
+    places, matrix = bands(matrix), matrix.to(logits)
     total, gradient = logits.new_zeros(()), torch.zeros_like(logits)
     with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
         for small, label, grad in zip(logits.detach().split(1), labels.split(1), gradient.split(1)):
-            for rows, source in bands(matrix):
+            for rows, source in places:
                 part = small[:, :, source].contiguous().requires_grad_()                         # (1, K, few, w)
                 full = matrix[rows, source] @ F.interpolate(part, (part.shape[2], width), mode="bilinear")
                 loss = F.cross_entropy(full, label[:, rows], ignore_index=ignore_index, reduction="sum")
@@ -266,7 +267,7 @@ def read_checkpoint(path) -> dict:
         start = file.read(32).lstrip()
     try:
         if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file  # type: ignore[import-not-found]
+            from safetensors.torch import load_file  # type: ignore[import-not-found]  # optional, for this format alone
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, dict):

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import STRIDE, ClipDataset, Video, read_classes, read_split, write_synthetic
-from eval import (AMP, MODELS, ArgumentParser, build_model, command_line, evaluate, load_weights, positive,
+from eval import (MODELS, ArgumentParser, autocast, build_model, command_line, evaluate, load_weights, positive,
                   refuse_to_overwrite, segment_video, table)
 from mrcfa import MRCFA, OFFSETS, mrcfa_loss
 from segformer import load_strictly, read_checkpoint, segmentation_loss
@@ -103,12 +103,13 @@ class Run:
         self.lines: list[str] = []                              # of the log
 
     def resume(self, checkpoint: dict):
-        """Take over the state of last.pt, with the log as it was then."""
+        """Take over the state of last.pt, and forget what the log says of later iterations."""
         load_strictly(self.model, checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         vars(self).update((name, checkpoint[name]) for name in PROGRESS)
         if self.rank == 0:
+            write_whole(self.args.out / "log.jsonl", lambda file: file.write("".join(self.lines).encode()))
             print(f"going on at iteration {self.iteration} of {self.args.iters}", file=sys.stderr)
 
     def save(self, name: str):
@@ -124,7 +125,8 @@ class Run:
         """Add a line to log.jsonl."""
         self.lines.append(json.dumps({"iteration": self.iteration, **values}).replace("NaN", "null") + "\n")
         if self.rank == 0:
-            write_whole(self.args.out / "log.jsonl", lambda file: file.write("".join(self.lines).encode()))
+            with open(self.args.out / "log.jsonl", "a") as file:
+                file.write(self.lines[-1])
 
     def evaluate(self, videos: list[Video]):
         """Evaluate; print, log, and keep the checkpoint if it is the best so far."""
@@ -162,7 +164,7 @@ class Run:
             torch.manual_seed((args.seed << 32) + share)  # dropout follows from the seed and the batch
             if self.processes > 1:
                 network.require_backward_grad_sync = i == args.accumulate - 1
-            with torch.autocast(args.device.type, AMP.get(args.amp), enabled=args.amp in AMP):
+            with autocast(args.device, args.amp):
                 loss = loss_of(network, images, labels) / args.accumulate
             self.scaler.scale(loss).backward()
             total += loss.item()
@@ -316,7 +318,7 @@ def train(args: argparse.Namespace):
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         run.save("last.pt")  # from here on there is something to resume
-    for number in (signal.SIGTERM, signal.SIGINT):  # the training ends when its step is done
+    for number in (signal.SIGTERM, signal.SIGINT):  # the training ends after its step, or its evaluation
         signal.signal(number, lambda n, _: setattr(run, "signal", n))
     run.train(clips, val)
     if run.rank == 0:
