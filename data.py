@@ -69,7 +69,7 @@ class Video:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that aren't blank, stripped."""
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    return [line.strip() for line in path.read_text("utf-8", "replace").splitlines() if line.strip()]
 
 
 def read_classes(root: Path) -> list[str]:

@@ -59,20 +59,19 @@ class SegmentationMetrics:
     def update(self, labels, predictions):
         """Add one whole video, integer arrays or tensors (frames, H, W); ValueError where a value is no class."""
         labels, predictions = torch.as_tensor(labels).cpu(), torch.as_tensor(predictions).cpu()
-        if labels.is_floating_point() or predictions.is_floating_point():
-            raise ValueError(f"labels {labels.dtype} and predictions {predictions.dtype} must both be integers")
-        if labels.ndim != 3 or labels.shape != predictions.shape:
-            raise ValueError(f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} must both be "
-                             "(frames, H, W)")
+        shaped = labels.ndim == 3 and labels.shape == predictions.shape
+        if not shaped or labels.is_floating_point() or predictions.is_floating_point():
+            raise ValueError(f"labels {labels.dtype} {tuple(labels.shape)} and predictions {predictions.dtype} "
+                             f"{tuple(predictions.shape)} must both be integers and (frames, H, W)")
         k, confusion = self.num_classes, torch.zeros_like(self.confusion)
         for t, (label, prediction) in enumerate(zip(labels, predictions)):
+            label, prediction = label.long(), prediction.long()
             known = label != IGNORE
-            label, prediction, everywhere = label[known].long(), prediction[known].long(), prediction
-            for name, values in ("label", label), ("prediction", everywhere):
+            for name, values in ("label", label[known]), ("prediction", prediction):
                 if values.numel() and not 0 <= values.min() <= values.max() < k:
                     raise ValueError(f"{name}s in frame {t}: {values.min()} ... {values.max()}, "
                                      f"but classes are 0 ... {k - 1}")
-            confusion += torch.bincount(k * label + prediction, minlength=k * k).view(k, k)
+            confusion += torch.bincount(k * label[known] + prediction[known], minlength=k * k).view(k, k)
         self.confusion += confusion
         # For how many frames, this one included, has each pixel had the value it has now? It is constant over the
         # n frames that end here where that is at least n. The protocol leaves out the window that ends with the video.
@@ -348,7 +347,8 @@ def load_model(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict]:
     """
     checkpoint = read_checkpoint(path)
     config = checkpoint.get("config")
-    if config is not None and not {"model", "classes", "frame_size", *MRCFA_ARGUMENTS} <= set(config):
+    if config is not None and not (isinstance(config, dict)
+                                   and config.keys() >= {"model", "classes", "frame_size", *MRCFA_ARGUMENTS}):
         raise ValueError(f"{path}: its 'config' is not one of train.py's")
     if config is None and not (args.model and args.num_classes):
         raise ValueError(f"{path}: is not train.py's; for a released checkpoint give --model and --num-classes")
@@ -364,6 +364,8 @@ def load_model(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict]:
     if args.model not in (None, config["model"]) or args.num_classes not in (None, len(config["classes"])):
         raise ValueError(f"{path}: is a {config['model']} and has {len(config['classes'])} classes, but --model says "
                          f"{args.model} and --num-classes {args.num_classes}")
+    if len(config["classes"]) > WRONG:
+        raise ValueError(f"{path}: has {len(config['classes'])} classes; masks, of 8 bits, can hold {WRONG}")
     model = build_model(config)
     load_weights(model, checkpoint, path)
     if isinstance(model, MRCFA):
@@ -516,10 +518,10 @@ def parse_args() -> argparse.Namespace:
     args.device = torch.device(args.device)
     if not args.benchmark and not args.data and not (args.checkpoint and args.frames):
         parser.error("--data DIR is missing, or --frames DIR to segment with --checkpoint FILE")
-    if args.frames and not (args.save or args.overlay):
-        parser.error("--frames needs --save DIR for the masks, or --overlay DIR")
-    if args.explain and not (args.checkpoint and args.pictures and args.data):
-        parser.error("--explain needs --checkpoint FILE, --data DIR, and --pictures DIR for its picture")
+    if args.frames and (args.json or args.pictures or not (args.save or args.overlay)):
+        parser.error("--frames have no labels: they need --save DIR for the masks or --overlay DIR, and nothing else")
+    if args.explain and not (args.checkpoint and args.pictures and args.data and not args.checkpoint[1:]):
+        parser.error("--explain needs one --checkpoint FILE, --data DIR, and --pictures DIR for its picture")
     return args
 
 
@@ -553,13 +555,14 @@ def main():
     if args.benchmark or args.explain:
         return benchmark(args) if args.benchmark else explain_pixel(args)
     methods: dict[str, Callable[[Video], Iterable]] = {}
-    offsets: Sequence[int] = ()
+    offsets: set[tuple[int, ...]] = set()  # of the references of all models
     classes = own = read_classes(args.data) if args.data else []
     for path in args.checkpoint or args.predictions:
         name, predict = path.name, partial(saved_masks, folder=path, num_classes=len(own))
         if args.checkpoint:
             model, config = load_model(path, args)
-            name, classes, offsets = config["model"], config["classes"], getattr(model, "offsets", offsets)
+            name, classes = config["model"], config["classes"]
+            offsets |= {model.offsets} if isinstance(model, MRCFA) else set()
             predict = partial(segment_video, model=model, frame_size=config["frame_size"], amp=args.amp)
         if args.data and len(own) != len(classes):
             raise ValueError(f"{path}: has {len(classes)} classes, but {args.data} {len(own)}")
@@ -568,7 +571,10 @@ def main():
         frames = list_frames(args.frames)
         evaluate(methods, [Video("", frames, [None] * len(frames))], classes, args.save, args.overlay)
         return print(f"the frames are in {' and '.join(str(path) for path in (args.save, args.overlay) if path)}")
-    videos = read_split(args.data, args.split, offsets)
+    if len(offsets) > 1 and (args.data / "gtFine").is_dir():
+        raise ValueError(f"{args.data}: clips of Cityscapes are made for one model's references, but these lie "
+                         f"{sorted(offsets)} frames back; evaluate one checkpoint at a time, or give one --dilation")
+    videos = read_split(args.data, args.split, max(offsets, default=()))
     results = evaluate(methods, videos, own, args.save, args.overlay, args.pictures)
     metrics = {name: result.compute() for name, result in results.items()}
     print(table(metrics))

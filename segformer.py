@@ -258,7 +258,7 @@ DEAD_KEYS = re.compile(r"(head|classifier|decode_head\.conv_seg)\.(weight|bias)"
 # What a file that can't be read looks like, by its first bytes.
 SIGNS = {b"<": "a web page: download the file itself", b"PK": "a truncated checkpoint: download it again",
          b"version https://git-lfs": "a Git LFS pointer: fetch the file itself (git lfs pull)",
-         b"": "no checkpoint, or one that would run code when loaded"}
+         b"": "no checkpoint, or a truncated one"}
 
 
 def read_checkpoint(path) -> dict:
@@ -278,6 +278,8 @@ def read_checkpoint(path) -> dict:
     except Exception as error:  # each of torch.load's file formats raises its own
         start = b"PK" if isinstance(error, EOFError) or re.search("EOF|truncated", str(error)) else start
         why = "can't be read, it looks like " + next(looks for sign, looks in SIGNS.items() if start.startswith(sign))
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            why = f"would run code when loaded ({code[1]}); if you trust it, save its state dict alone in another file"
     raise ValueError(f"{path}: {why}")
 
 
@@ -287,7 +289,7 @@ def read_state_dict(source) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise ValueError("there is no state dict (tensors by name, bare or under 'state_dict' or 'model')")
     return state
 

@@ -458,11 +458,16 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "weights.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-50])
     with pytest.raises(ValueError, match="truncated"):
         load_pretrained(SegFormer("b0", 5), tmp_path / "weights.pth")
+    torch.save({"model": {}, "made": Path}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"would run code when loaded \(pathlib"):
+        load_pretrained(SegFormer("b0", 5), tmp_path / "weights.pth")
     (tmp_path / "weights.safetensors").write_bytes(b"0")
     with pytest.raises(ValueError, match="needs the safetensors package|can't be read"):
         load_pretrained(SegFormer("b0", 5), tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="no MiT weights"):
         load_pretrained(SegFormer("b0", 5), {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)})
+    with pytest.raises(ValueError, match="no state dict"):
+        load_pretrained(SegFormer("b0", 5), {0: torch.zeros(1)})
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -497,7 +502,7 @@ def test_metrics_by_hand():
     labels[:, 0, 3] = 255
     predictions = labels % 255
     predictions[4, 0, 0] = 1  # one pixel of four flickers, inside the only window of 16 and in 5 of the 9 of 8
-    metrics.update(labels, predictions)
+    metrics.update(labels.astype(np.uint16), predictions)
     assert metrics.compute() == pytest.approx({"mIoU": 50 / 51, "weighted_IoU": 50 / 51, "pixel_accuracy": 50 / 51,
                                                "mVC16": 3 / 4, "mVC8": (5 * 3 / 4 + 4) / 9})
     np.testing.assert_equal(metrics.class_iou().tolist(), [50 / 51, math.nan, math.nan])
@@ -767,6 +772,12 @@ def test_cityscapes_trains_and_evaluates_its_labelled_frames_alone(model, tmp_pa
             expected = decode_mask(network.eval()(clip[None])[0], (64, 128), (32, 64))
         with Image.open(masks / "munster_000002_000030" / "munster_000002_000030_leftImg8bit.png") as mask:
             assert np.array_equal(np.array(mask), expected.numpy())
+        checkpoint = torch.load(out / "last.pt", weights_only=True)
+        checkpoint["config"]["offsets"] = (3, 2, 1)
+        torch.save(checkpoint, tmp_path / "other.pt")
+        both = ["--checkpoint", out / "last.pt", tmp_path / "other.pt", "--data", root]
+        assert run(evaluation, monkeypatch, *both) == 2 and "[(3, 2, 1), (9, 6, 3)] frames back" in capsys.readouterr().err
+        assert run(evaluation, monkeypatch, *both, "--dilation", 9, 6, 3) == 0
 
 
 def test_without_arguments_it_makes_videos_trains_and_shows_pictures(few_synthetic, tmp_path, monkeypatch, capsys):
@@ -1034,7 +1045,9 @@ def test_bad_data_is_one_line_that_names_it(how, message, videos, tmp_path, monk
     (training, ["--data", "nowhere"], "nowhere: no such data folder"),
     (training, ["--dataset", "vspw"], "--data DIR is missing"),
     (evaluation, ["--checkpoint", "none.pt"], "--data DIR is missing"),
-    (evaluation, ["--checkpoint", "none.pt", "--frames", "{videos}/data/v/origin"], "--frames needs --save"),
+    (evaluation, ["--checkpoint", "none.pt", "--frames", "{videos}/data/v/origin"], "they need --save"),
+    (evaluation, ["--checkpoint", "none.pt", "--frames", "{videos}/data/v/origin", "--save", "masks", "--json", "new"], "nothing else"),
+    (evaluation, ["--checkpoint", "a", "b", "--data", "{videos}", "--explain", "v", "9", "0", "0", "--pictures", "new"], "one --checkpoint"),
     (training, ["--data", "{videos}", "--dilation", "30"], "none of the 3 training videos"),
     (training, ["--data", "{videos}", "--crop", "60", "64"], "multiples of 32"),
     (training, ["--model", "mrcfa_b7"], "mrcfa_b7"),
