@@ -267,11 +267,11 @@ def heat(values: Tensor, over: Image.Image) -> Image.Image:
 
 @torch.no_grad()
 def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], place: tuple[int, int]) -> Image.Image:
-    """What one pixel (x, y) of the target, the last frame, finds in each of its references: a row for each of these.
+    """What one pixel (x, y) of the target, the last frame, finds in its references: a column for each of these.
 
-    Columns: the frame and the tokens that STM keeps; the pixel's affinities A^l to them; after SAR; after MAA; and the
-    weights B with which their values are read. The last row is what SAR and MAA see: of the nearest reference's token
-    that is read most, the affinities to all positions of the target. Every map has a scale of its own.
+    Downwards: the tokens that STM keeps, the pixel's affinities A^l to them, these after SAR and after MAA, and the
+    weights B with which their values are read. The last column is what SAR and MAA see: of the nearest reference's
+    token that is read most, the affinities to all positions of the target. Every map has a scale of its own.
     """
     images, device = list(read_frames(frames)), next(model.parameters()).device
     encoded = [model.encode(network_input(image, frame_size)[None].to(device)) for image in images]
@@ -286,7 +286,7 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], pla
         return image
 
     x, y = (place[0] + 0.5) / target.width, (place[1] + 0.5) / target.height
-    rows = []
+    columns = []
     for path, image, (features, fused) in zip(frames, images, encoded[:-1]):
         reference = model.reference(features, F.avg_pool2d(fused, 2))
         kept, *keys, _ = model.keep(queries, reference)
@@ -299,15 +299,16 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], pla
         of_grid = {name: torch.full((h * w,), math.nan).scatter(0, kept[0].cpu(), values).view(h, w)
                    for name, values in found.items()}
         dropped = Image.fromarray(of_grid["MAA: M2"].isnan().numpy()).resize(image.size)
-        rows.append({"target and its pixel": ringed(target, x, y), f"reference {path.stem}": image,
-                     "STM: dark is dropped": Image.composite(image.point(lambda v: v // 4), image, dropped),
-                     **{name: heat(values, image) for name, values in of_grid.items()}})
+        dimmed = Image.composite(image.point(lambda v: v // 4), image, dropped)
+        columns.append({"target and its pixel": ringed(target, x, y),
+                        f"reference {path.stem}: STM drops dark": dimmed,
+                        **{name: heat(values, image) for name, values in of_grid.items()}})
     token = int(found["B: what is read"].argmax())
-    row, column = divmod(int(kept[0, token]), w)
-    rows.append({"target": target, "its most-read token": ringed(image, (column + 0.5) / w, (row + 0.5) / h),
-                 "as seen from this token:": Image.new("RGB", target.size, "white"),
-                 **{name: heat(of[token], target) for name, of in images_of.items()}})
-    return tile([panel(picture, title) for title, picture in row.items()] for row in rows)
+    top, left = divmod(int(kept[0, token]), w)
+    columns.append({"target, as it looks to": target,
+                    "the token that is read most": ringed(image, (left + 0.5) / w, (top + 0.5) / h),
+                    **{name: heat(of[token], target) for name, of in images_of.items()}})
+    return tile(zip(*([panel(picture, title) for title, picture in column.items()] for column in columns)))
 
 
 # --------------------------------------------------------------------------------------------------------------- models

@@ -7,13 +7,13 @@ reference frames answer (keys K, values V), each by itself:
                                            reference an image, its affinities to all positions of the *target*
     STM, selective token masking           drops the tokens that matter least by A^4, at every scale the same ones,
                                            because MAA adds up the images of *one* token
-    SAR, single-scale affinity refinement  2-D convolutions G^l over each token's image, with the same weights
+    SAR, single-scale affinity refinement  2-D convolutions over each token's image, one stack G^l for all tokens
     MAA, multi-scale affinity aggregation  M^3 = G^43(up(G^4(A^4)) + G^3(A^3)), M^2 = G^32(up(M^3) + G^2(A^2))
     reconstruction                         O = mean_i B_i V_i + the target's F_hat; B_i = softmax(M^2) over i's tokens
 
 The encoder's F_1 ... F_4 have C_l channels and n_l = h_l w_l positions. SegFormer's fused F is at stride 4 (`fused`),
-F_hat the same at stride 8 (`own`); V is made of a reference's F_hat. A reference has N tokens, on one grid of stride r
-at every scale, of which m are kept. `up` is the paper's Gamma. In shapes, B is clips, T frames a clip, K classes.
+F_hat is its 2x2 mean, at stride 8 (`own`); V is made of a reference's F_hat. A reference has N tokens, on one grid of
+stride r at every scale, of which m are kept. `up` is the paper's Gamma. In shapes: B clips, T frames a clip, K classes.
 """
 import re
 from collections import deque
@@ -33,7 +33,7 @@ FRAME_LOSS_WEIGHT = 0.5        # of the per-frame logits beside the clip's
 
 
 def reference_indices(t: int, offsets: Sequence[int] = OFFSETS) -> list[int]:
-    """Frames that target `t` of a video refers to, oldest first; none while fewer than T frames exist.
+    """Frames that target `t` of a video refers to, oldest first; none for t < T-1.
 
     Up to the largest offset the references are spread evenly over what there is, from frame 0 on.
     """
@@ -60,7 +60,7 @@ def full_precision(*xs: Tensor) -> list[Tensor]:
 
 
 def product(x: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The matrix product of maps (B, C, h, w) and rows (B, m, C), like Q K^T and B V: (B, m, h, w).
+    """Matrix product of maps (B, C, h, w) and rows (B, m, C): (B, m, h, w). Q K^T, and B V with V^T for the rows.
 
     As a 1x1 convolution with the rows for a kernel: faster on CPUs than matmul, and the outcome is images already.
     """
@@ -89,7 +89,7 @@ def up(coarse: Tensor, fine: Tensor) -> Tensor:
 
 
 class AffinityRefinement(nn.Module):
-    """A stack G of (convolution, GroupNorm(1), ReLU) that refines every reference token's image of affinities alike.
+    """A stack G of (convolution, GroupNorm(1), ReLU) that refines each reference token's image of affinities by itself.
 
     `layers` lists (channels in, channels out, kernel). Affinities of m tokens go in as (B, m c_in, h, w), the c
     channels of a token side by side, and come out as (B, m c_out, h, w). Without layers nothing is refined.
@@ -101,7 +101,7 @@ class AffinityRefinement(nn.Module):
         self.norms: Any = nn.ModuleList(nn.GroupNorm(1, c_out) for _, c_out, _ in layers)
 
     def convolve(self, i: int, x: Tensor, m: int) -> Tensor:
-        """Layer i's convolution of m images with the same weights: a group for each (fast in channels-last format)."""
+        """Layer i's convolution of m images, as one with a group for each image (fast in channels-last format)."""
         conv, c = self.convs[i], self.convs[i].in_channels
         weight, bias = conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m)
         if c > conv.out_channels:  # 2 -> 1: on CPUs it is faster to convolve every channel by itself, and then sum
@@ -122,11 +122,11 @@ class AffinityRefinement(nn.Module):
         return Query(q, x, as_sequence(x).mT @ as_sequence(x) / x[0, 0].numel())
 
     def of_product(self, query: Query, keys: Tensor) -> Tensor:
-        """self(Q K^T) for keys K (B, m, C): (B, m c_out, h, w), without ever forming Q K^T.
+        """self(Q K^T) for keys K (B, m, C): (B, m c_out, h, w); where there are layers, without forming Q K^T.
 
-        The first convolution acts on positions and Q K^T on channels, so they commute: convolve the C images of Q, not
-        the m of A; its bias vanishes with the mean, which GroupNorm (of the one channel out) takes away. Of the images
-        that result, key k's has the variance k^T cov(convolved Q) k: GroupNorm only rescales keys.
+        The first convolution acts on positions and K on channels, so conv(Q K^T) = conv(Q) K^T: C images instead of m.
+        GroupNorm normalises each token's image by itself: centring conv(Q) takes the mean away, and the bias with it;
+        key k's image has the variance k^T cov(conv(Q)) k. What is left of GroupNorm is a scale for each key.
         """
         if not self.convs:
             return product(query.q, keys)
@@ -138,7 +138,7 @@ class AffinityRefinement(nn.Module):
 class AffinityAggregation(nn.Module):
     """SAR and MAA of one reference's affinities A^l = Q^l (K^l)^T -> M^2 (B, m, h_2, w_2).
 
-    Without `refine` (no SAR) the A^l are merged as they are, without `aggregate` (no MAA) the finest is all there is.
+    Without `refine` (no SAR) the A^l are merged as they are; without `aggregate` (no MAA) M^2 = G^32(G^2(A^2)).
     """
 
     def __init__(self, variant: str, refine: bool = True, aggregate: bool = True):
@@ -168,11 +168,11 @@ class MRCFA(nn.Module):
 
     In evaluation: clip (B, T, 3, H, W), oldest frame first and target last -> the target's logits (B, K, H/4, W/4);
     a clip shorter than T gets the last frame's SegFormer logits. In training: -> (frame_logits, clip_logits), both
-    (B, T, K, H/4, W/4): SegFormer's for every frame; the target's from each reference's O_i alone and, last, from O.
+    (B, T, K, H/4, W/4): SegFormer's for each frame; the target's from each O_i = B_i V_i alone and, last, from O.
 
     `offsets` say how far back the T-1 references of a video lie; `keep_ratio=None` is the paper's p for the variant, 1
     keeps all tokens (no STM); `refine=False` and `aggregate=False` leave out SAR and MAA.
-    Raises ValueError for a size that is no multiple of 32, and for a T that isn't len(offsets) + 1.
+    Raises ValueError for sides that are no multiples of 32, and for a T that is too long or, in training, too short.
     """
 
     def __init__(self, variant: str = "b1", num_classes: int = 124, reference_stride: int = REFERENCE_STRIDE,
@@ -278,7 +278,7 @@ class MRCFA(nn.Module):
         """
         grid, a4 = a4.shape[-2:], a4.flatten(2)
         importance = a4.topk(min(IMPORTANCE_TOP, a4.shape[2])).values.sum(-1)                    # (B, n_4)
-        importance = self.resize(importance.unflatten(1, grid)[:, None]).flatten(1)              # sums, not A^4: (B, N)
+        importance = self.resize(importance.unflatten(1, grid)[:, None]).flatten(1)              # of sums: (B, N)
         return importance.topk(max(1, int(self.keep_ratio * importance.shape[1]))).indices
 
     def stream(self) -> "Stream":
@@ -311,7 +311,7 @@ class Stream:
 
 
 def mrcfa_loss(frame_logits: Tensor, clip_logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """0.5 CE(frame_logits, each frame's labels) + CE(clip_logits, the target's labels, T times): a scalar.
+    """0.5 CE(frame_logits, each frame's labels) + CE(all T clip_logits, the target's labels): a scalar.
 
     Both logits (B, T, K, h, w); labels (B, T, H, W) int64, or (B, H, W) when only the target is labelled: then the
     first term takes the target's frame_logits alone. Ignored pixels count in each mean's denominator.

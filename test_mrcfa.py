@@ -993,7 +993,7 @@ def test_two_checkpoints_side_by_side_and_one_pixel_explained(videos, tmp_path, 
         assert run(evaluation, monkeypatch, "--checkpoint", path, "--data", videos, "--explain", "v", 12, 95, 0, "--pictures", out) == 2
         assert "v_12_95_0.png: exists already" in capsys.readouterr().err
         with Image.open(out / "v_12_95_0.png") as picture:
-            assert picture.size == (11 * 204, 4 * 155)
+            assert picture.size == (4 * 204, 10 * 155)
     for place, message in ((("v", 2, 0, 0), "a frame from 3 to 17"), (("v", 12, 96, 0), "96x64"), (("v", "x", 0, 0), "--explain v x 0 0: give a frame")):
         assert run(evaluation, monkeypatch, "--checkpoint", both[0], "--data", videos, "--explain", *place, "--pictures", tmp_path / "no") == 2
         assert message in capsys.readouterr().err
