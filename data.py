@@ -69,7 +69,7 @@ class Video:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that aren't blank, stripped."""
-    return [line.strip() for line in path.read_text("utf-8", "replace").splitlines() if line.strip()]
+    return [line.strip() for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
 
 
 def read_classes(root: Path) -> list[str]:
@@ -111,9 +111,12 @@ def read_cityscapes(root: Path, split: str, offsets: Sequence[int]) -> list[Vide
               for label in sorted((root / "gtFine" / split).glob("*/*_gtFine_label*Ids.png"))}
     if not labels:
         raise ValueError(f"{root / 'gtFine' / split}: no <city>/*_gtFine_labelIds.png there")
+    sequences = root / "leftImg8bit_sequence" / split
+    if not sequences.is_dir():
+        raise ValueError(f"{sequences}: no such folder; it is in leftImg8bit_sequence_trainvaltest.zip")
     videos = []
     for name, label in labels.items():
-        folder, (sequence, _, number) = root / "leftImg8bit_sequence" / split / label.parent.name, name.rpartition("_")
+        folder, (sequence, _, number) = sequences / label.parent.name, name.rpartition("_")
         sides = [[folder / f"{sequence}_{int(number) + sign * offset:06d}_leftImg8bit.png" for offset in offsets]
                  for sign in (-1, 1)]
         whole = [side for side in sides if all(path.exists() for path in side)] or [[]]
@@ -128,6 +131,9 @@ def list_frames(folder: Path, why: str = "") -> list[Path]:
     frames = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in FRAME_SUFFIXES)
     if not frames:
         raise ValueError(f"{folder}: no such folder, or no frames in it ({', '.join(FRAME_SUFFIXES)}){why}")
+    for path, other in zip(frames, frames[1:]):
+        if path.stem == other.stem:
+            raise ValueError(f"{other}: {path.name} has the same name, so their masks would; remove one of the two")
     return frames
 
 
@@ -181,7 +187,7 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int) -> Image.Im
 def fit(size: tuple[int, int], long: float, short: float) -> tuple[int, int]:
     """(width, height) scaled, up or down, until the long side is at most `long` and the short one at most `short`."""
     scale = min(long / max(size), short / min(size))
-    return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
 
 def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) -> Tensor:

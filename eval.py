@@ -363,8 +363,8 @@ def load_model(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict]:
                   "embed_dim": len(renamed.get("head.fuse.weight", ())) or EMBED_DIM,
                   **dict(zip(MRCFA_ARGUMENTS, (stride, None, True, True, OFFSETS)))}
     if args.model not in (None, config["model"]) or args.num_classes not in (None, len(config["classes"])):
-        raise ValueError(f"{path}: is a {config['model']} and has {len(config['classes'])} classes, but --model says "
-                         f"{args.model} and --num-classes {args.num_classes}")
+        raise ValueError(f"{path}: is a {config['model']} of {len(config['classes'])} classes; --model or --num-classes "
+                         "says something else")
     if len(config["classes"]) > WRONG:
         raise ValueError(f"{path}: has {len(config['classes'])} classes; masks, of 8 bits, can hold {WRONG}")
     model = build_model(config)
@@ -521,8 +521,9 @@ def parse_args() -> argparse.Namespace:
         parser.error("--data DIR is missing, or --frames DIR to segment with --checkpoint FILE")
     if args.frames and (args.json or args.pictures or not (args.save or args.overlay)):
         parser.error("--frames have no labels: they need --save DIR for the masks or --overlay DIR, and nothing else")
-    if args.explain and not (args.checkpoint and args.pictures and args.data and not args.checkpoint[1:]):
-        parser.error("--explain needs one --checkpoint FILE, --data DIR, and --pictures DIR for its picture")
+    if args.explain and (not (args.checkpoint and args.pictures and args.data) or args.checkpoint[1:]
+                         or args.save or args.overlay or args.json):
+        parser.error("--explain needs one --checkpoint FILE, --data DIR and --pictures DIR, and nothing else")
     return args
 
 
@@ -553,6 +554,8 @@ def main():
             refuse_to_overwrite(path)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.touch()  # fails now, if at all, instead of after the evaluation
+        args.json.unlink()
     if args.benchmark or args.explain:
         return benchmark(args) if args.benchmark else explain_pixel(args)
     methods: dict[str, Callable[[Video], Iterable]] = {}
@@ -567,7 +570,8 @@ def main():
             predict = partial(segment_video, model=model, frame_size=config["frame_size"], amp=args.amp)
         if args.data and len(own) != len(classes):
             raise ValueError(f"{path}: has {len(classes)} classes, but {args.data} {len(own)}")
-        methods[f"{name}_{len(methods) + 1}" if name in methods else name or "masks"] = predict
+        names = (name or "masks", *(f"{name}_{i}" for i in range(2, len(methods) + 2)))
+        methods[next(name for name in names if name not in methods)] = predict
     if args.frames:
         frames = list_frames(args.frames)
         evaluate(methods, [Video("", frames, [None] * len(frames))], classes, args.save, args.overlay)

@@ -352,7 +352,8 @@ def load_pretrained(module: nn.Module, source):
         raise ValueError("no MiT weights: expected 'patch_embed1.proj.weight', 'layers.0.0.projection.weight' or "
                          f"'encoder.patch_embeddings.0.proj.weight' and the like, found {', '.join(list(state)[:3])}")
     if isinstance(segformer, MixVisionTransformer):
-        load_strictly(segformer, {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
+        head = ("head.", "classifier.")
+        load_strictly(segformer, {k.removeprefix("encoder."): v for k, v in state.items() if not k.startswith(head)})
         return
     width, classes = (len(state.get(key, ())) for key in ("head.fuse.weight", "classifier.1.bias"))  # 0: has none
     own_classes, skipped = len(segformer.state_dict()["classifier.1.bias"]), {}

@@ -542,7 +542,7 @@ def write_videos(root: Path, lengths: dict[str, int], size=(96, 64)) -> Path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(path)
     (root / "train.txt").write_text("\n".join(name for name in lengths if name != "v"))
-    (root / "val.txt").write_text("v")
+    (root / "val.txt").write_text("\ufeffv", "utf-8")  # some editors begin a file like that
     return root
 
 
@@ -553,6 +553,7 @@ def videos(tmp_path) -> Path:
 
 def test_inference_frames_are_resized_as_the_protocol_says():
     assert fit((1920, 1080), 853, 480) == (853, 480) and fit((320, 240), 853, 480) == (640, 480) and fit((480, 640), 853, 480) == (480, 640)
+    assert fit((3000, 1), 853, 480) == (853, 1)
     pixels = np.random.default_rng(0).integers(0, 256, (45, 100, 3), dtype=np.uint8)
 
     def bilinear(x: np.ndarray, size: int, axis: int) -> np.ndarray:  # half-pixel centres, no antialiasing
@@ -691,10 +692,12 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
     again = tmp_path / "again.json"
     assert run(evaluation, monkeypatch, "--predictions", masks, "--data", videos, "--json", again) == 0
     assert json.loads(again.read_text()) == metrics
-    # Two of one name: the copies get names of their own, inside the new folder alone.
+    # Three of one name: the copies get names of their own, inside the new folder alone.
     copies = tmp_path / "copies"
-    assert run(evaluation, monkeypatch, "--predictions", masks, masks, "--data", videos, "--save", copies) == 0
-    assert sorted(path.name for path in copies.iterdir()) == ["masks", "masks_2"] and sorted((masks / "v").iterdir()) == saved
+    masks.rename(tmp_path / "a_3")
+    (masks := tmp_path / "a").symlink_to("a_3")
+    assert run(evaluation, monkeypatch, "--predictions", masks, tmp_path / "a_3", masks, masks, "--data", videos, "--save", copies) == 0
+    assert sorted(path.name for path in copies.iterdir()) == ["a", "a_2", "a_3", "a_4"]
 
     for args in ([training, "--data", videos, "--out", out], [evaluation, "--predictions", masks, "--data", videos, "--json", result],
                  [evaluation, "--checkpoint", out / "last.pt", "--data", videos, "--save", masks]):
@@ -745,6 +748,9 @@ def test_cityscapes_clips_follow_the_frames_numbers(tmp_path):
     Image.fromarray(np.array([[19]], dtype=np.uint8)).save(train_ids)
     with pytest.raises(ValueError, match="label 19"):
         read_labels(train_ids, (1, 1), 19)
+    (root / "leftImg8bit_sequence").rename(root / "elsewhere")
+    with pytest.raises(ValueError, match="leftImg8bit_sequence/train: no such folder"):
+        read_split(root, "train", (3,))
 
 
 @pytest.mark.parametrize("model", ["mrcfa_b0", "segformer_b0"])
@@ -810,6 +816,25 @@ def test_resumed_training_ends_where_an_unbroken_one_does(workers, videos, tmp_p
     assert run(training, monkeypatch, "--resume", "--out", broken) == 2
 
 
+def test_a_resumed_training_takes_new_flags(videos, tmp_path, monkeypatch):
+    out, seeds = tmp_path / "run", []
+    assert run(training, monkeypatch, "--data", videos, "--out", out, "--iters", 1, *SMALL) == 0
+    monkeypatch.setattr(training, "loss_of", lambda *a, real=training.loss_of: seeds.append(torch.initial_seed() % 2 ** 32) or real(*a))
+    for i, seed in enumerate((0, 0, 1), 2):
+        more = ["--iters", i, "--lr", 1e-5, "--head-lr", 2, "--weight-decay", 0.5, "--amp", "fp16", "--seed", seed]
+        assert run(training, monkeypatch, "--resume", "--out", out, *more) == 0
+    groups = torch.load(out / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["base_lr"] for group in groups] == [1e-5, 1e-5, 2e-5] and [group["weight_decay"] for group in groups] == [0.5, 0, 0.5]
+    assert run(training, monkeypatch, "--data", videos, "--out", tmp_path / "other", "--iters", 1, "--seed", 1, *SMALL) == 0
+    assert run(training, monkeypatch, "--data", videos, "--out", tmp_path / "same", "--iters", 1, *SMALL) == 0
+    assert len(set(seeds)) == 5  # that dropout begins with, on CPUs of 32 bits: of four iterations, and of the two seeds
+
+
+def test_learning_rate_warms_up_and_falls():
+    factors = [training.lr_factor(i, 100, warmup) for i, warmup in ((0, 10), (5, 10), (50, 10), (100, 10), (0, 0))]
+    assert factors == pytest.approx([1e-6, 0.95 * (0.5 + 0.5e-6), 0.5, 0, 1])
+
+
 def assert_same_run(first: Path, second: Path):
     """Two runs have the same weights, optimiser and best metric, bit for bit, and the same lines in their logs."""
     a, b = (torch.load(path / "last.pt", weights_only=True) for path in (first, second))
@@ -827,7 +852,7 @@ def assert_same_run(first: Path, second: Path):
 def start_training(args: list, rank: int = 0, ready=None, inside: str = "", moment: int = 0):
     """The main function of a process of its own: train.py, as one of several where `ready` is a file to meet at.
 
-    It is killed when it calls os.fsync ("writing"), os.replace ("written") or decode_mask ("evaluation") once too often.
+    It is told to stop in a step ("group"), or killed when it calls os.fsync ("writing"), os.replace ("written") or decode_mask ("evaluation") once too often.
     """
     def kill_in(module, name):
         real, calls = getattr(module, name), iter(range(moment))
@@ -838,7 +863,11 @@ def start_training(args: list, rank: int = 0, ready=None, inside: str = "", mome
             return real(*a)
         setattr(module, name, killing)
 
-    if inside:
+    if inside == "group":  # all processes of the training are told to stop, once both workers have delivered
+        os.setsid()
+        steps, loss_of = iter(["true", "kill 0"]), training.loss_of  # by another process, as timeout and the like do
+        training.loss_of = lambda *a: (os.system(next(steps)), loss_of(*a))[1]
+    elif inside:
         kill_in(*{"writing": (os, "fsync"), "written": (os, "replace"), "evaluation": (evaluation, "decode_mask")}[inside])
     if ready:
         os.environ["LOCAL_RANK"] = str(rank)
@@ -900,9 +929,12 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(videos, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "loss_of", interrupted)
-        assert run(training, patch, "--data", videos, "--out", out, "--iters", 3, *SMALL) == 130
+        assert run(training, patch, "--data", videos, "--out", out, "--iters", 4, *SMALL) == 130
     assert f"stopped at iteration 1; to go on: python train.py --resume --out {out}" in capsys.readouterr().err
     assert torch.load(out / "last.pt", weights_only=True)["iteration"] == 1
+    args = ["--resume", "--out", out, "--workers", 2]
+    assert processes((args, 0, None, "group")) == [128 + signal.SIGTERM]
+    assert torch.load(out / "last.pt", weights_only=True)["iteration"] == 3
     assert run(training, monkeypatch, "--resume", "--out", out) == 0
 
 
@@ -923,7 +955,7 @@ def test_released_checkpoint_goes_through_evaluation(videos, tmp_path, monkeypat
     args = ["--checkpoint", path, "--data", videos, "--frame-size", 96, 64]
     assert run(evaluation, monkeypatch, *args, "--model", "mrcfa_b0", "--num-classes", 3, "--save", tmp_path / "masks") == 0
     assert len(list((tmp_path / "masks" / "v").iterdir())) == 18
-    for more, message in ((["--model", "mrcfa_b1", "--num-classes", 3], "MiT-b0"), (["--model", "mrcfa_b0", "--num-classes", 4], "has 3 classes"),
+    for more, message in ((["--model", "mrcfa_b1", "--num-classes", 3], "MiT-b0"), (["--model", "mrcfa_b0", "--num-classes", 4], "of 3 classes"),
                           ([], "give --model and --num-classes"), (["--model", "segformer_b0", "--num-classes", 3], "is a mrcfa_b0")):
         assert run(evaluation, monkeypatch, *args, *more) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -1019,6 +1051,8 @@ def spoil(videos: Path, how: str):
         Image.new("L", (96, 64), 7).save(mask)
     elif how == "mode":
         Image.new("RGB", (96, 64)).save(mask)
+    elif how == "twins":
+        Image.new("RGB", (96, 64)).save(frame.with_suffix(".png"))
     elif how == "split":
         (videos / "val.txt").unlink()
     elif how == "video":
@@ -1027,7 +1061,7 @@ def spoil(videos: Path, how: str):
 
 @pytest.mark.parametrize("how, message", [
     ("truncated", "00003.jpg"), ("mask missing", "00003.png: no such mask"), ("mask size", "(90, 64) in mode L; a mask has its frame's size, here (96, 64)"),
-    ("label", "00003.png: label 7, but there are 3 classes"), ("mode", "mode RGB"), ("split", "val.txt"), ("video", "nowhere")])
+    ("label", "00003.png: label 7, but there are 3 classes"), ("mode", "mode RGB"), ("twins", "00003.png: 00003.jpg has the same name"), ("split", "val.txt"), ("video", "nowhere")])
 def test_bad_data_is_one_line_that_names_it(how, message, videos, tmp_path, monkeypatch, capsys):
     spoil(videos, how)
     (tmp_path / "masks" / "v").mkdir(parents=True)

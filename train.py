@@ -71,7 +71,7 @@ def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
 
 def lr_factor(i: int, iters: int, warmup: int) -> float:
     """What iteration i's learning rate is of the base: linear down to 0, after a linear warm-up."""
-    return (1 - i / iters) * (1 - max(0, 1 - i / max(1, warmup)) * (1 - WARMUP_START))
+    return (1 - i / iters) * (1 - (max(0, 1 - i / warmup) if warmup else 0) * (1 - WARMUP_START))
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]):
@@ -84,9 +84,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]):
     os.replace(temporary, path)
 
 
-def ignore_interrupts(_: int):
-    """What a loader's worker does about Ctrl-C, which reaches every process: leave it to the training."""
+def leave_signals(_: int):
+    """What a loader's worker does about Ctrl-C and signals to all of a run's processes: leave them to the training."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 class Run:
@@ -105,8 +107,11 @@ class Run:
     def resume(self, checkpoint: dict):
         """Take over the state of last.pt, and forget what the log says of later iterations."""
         load_strictly(self.model, checkpoint["model"])
+        for group, own in zip(checkpoint["optimizer"]["param_groups"], self.optimizer.param_groups):
+            group.update(base_lr=own["base_lr"], weight_decay=own["weight_decay"])  # flags may have changed them
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # there is nothing in it without fp16
+            self.scaler.load_state_dict(checkpoint["scaler"])
         vars(self).update((name, checkpoint[name]) for name in PROGRESS)
         if self.rank == 0:
             write_whole(self.args.out / "log.jsonl", lambda file: file.write("".join(self.lines).encode()))
@@ -161,7 +166,7 @@ class Run:
         for i in range(args.accumulate):
             images, labels = (x.to(args.device, non_blocking=True) for x in next(batches))
             share = (self.iteration * args.accumulate + i) * self.processes + self.rank
-            torch.manual_seed((args.seed << 32) + share)  # dropout follows from the seed and the batch
+            torch.manual_seed(int(np.random.SeedSequence((args.seed, 2, share)).generate_state(1)[0]))  # of dropout
             if self.processes > 1:
                 network.require_backward_grad_sync = i == args.accumulate - 1
             with autocast(args.device, args.amp):
@@ -178,7 +183,7 @@ class Run:
         if args.compile:
             network.compile()
         batches = iter(DataLoader(clips, args.batch_size, sampler=self.samples(self.iteration, args.iters),
-                                  num_workers=args.workers, worker_init_fn=ignore_interrupts,
+                                  num_workers=args.workers, worker_init_fn=leave_signals,
                                   pin_memory=args.device.type == "cuda"))
         with tqdm(total=args.iters, initial=self.iteration, desc=args.model, unit="it", dynamic_ncols=True,
                   disable=self.rank > 0) as bar:
@@ -291,6 +296,7 @@ def train(args: argparse.Namespace):
     """Train and evaluate in this process, alone or as one of several."""
     if not args.resume:
         refuse_to_overwrite(args.out, f"go on with that run (--resume --out {args.out}) or name another folder (--out)")
+    new = not args.out.exists()
     if args.dataset == "synthetic" and not args.data.exists() and not int(os.environ.get("LOCAL_RANK", 0)):
         write_synthetic(args.data)
     if dist.is_initialized():
@@ -311,12 +317,13 @@ def train(args: argparse.Namespace):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     run = Run(args, model.to(args.device))
     if run.rank == 0 and clips.too_short:
-        print(f"warning: {clips.too_short} of {len(videos)} training videos are left out: no labelled frame has all of its "
-              f"references, up to {max(args.offsets)} frames away (--dilation)", file=sys.stderr)
+        print(f"warning: {clips.too_short} of {len(videos)} training videos are left out: no labelled frame of theirs has "
+              f"references {max(args.offsets)} frames away (--dilation)", file=sys.stderr)
     if args.resume:
         run.resume(read_checkpoint(args.out / "last.pt"))
     else:
-        args.out.mkdir(parents=True, exist_ok=True)
+        if run.rank == 0:
+            args.out.mkdir(parents=True, exist_ok=not new)  # an error where another run was faster
         run.save("last.pt")  # from here on there is something to resume
     for number in (signal.SIGTERM, signal.SIGINT):  # the training ends after its step, or its evaluation
         signal.signal(number, lambda n, _: setattr(run, "signal", n))
