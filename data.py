@@ -144,8 +144,8 @@ def read_image(path: Path) -> Image.Image:
             image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: not a readable image ({why}); replace it") from None
+        why = getattr(error, "strerror", None) or f"not a readable image ({error}); replace it"
+        raise ValueError(f"{path}: {why}") from None
 
 
 def read_frames(paths: Iterable[Path]) -> Iterator[Image.Image]:

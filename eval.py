@@ -479,6 +479,8 @@ def command_line(main: Callable[[], None]):
         if sys.flags.dev_mode:
             raise
         message = str(error).rsplit("Error: ", 1)[-1].strip() or "interrupted"  # a loader's has its worker's traceback
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 

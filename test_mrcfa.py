@@ -1092,9 +1092,9 @@ def test_bad_data_is_one_line_that_names_it(how, message, videos, tmp_path, monk
     (training, ["--scale-range", "0.001", "1"], "--scale-range 0.001 1.0"),
     (training, ["--resume", "--out", "{videos}/none"], "none/last.pt"),
     (training, ["--data", "{videos}", "--pretrained", "none.pth", *map(str, SMALL)], "none.pth"),
-    (evaluation, ["--data", "{videos}", "--checkpoint", "none.pt"], "none.pt"),
-    (evaluation, ["--data", "{videos}", "--predictions", "none"], "none/v/00000.png: not a readable image (No such file"),
-    (evaluation, ["--data", "{videos}", "--predictions", "{videos}/data"], "00000.png: not a readable image (No such file")])
+    (evaluation, ["--data", "{videos}", "--checkpoint", "none.pt"], "eval.py: none.pt: No such file or directory"),
+    (evaluation, ["--data", "{videos}", "--predictions", "none"], "none/v/00000.png: No such file"),
+    (evaluation, ["--data", "{videos}", "--predictions", "{videos}/data"], "00000.png: No such file")])
 def test_bad_arguments_are_one_line_that_names_them(script, args, message, videos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(script, monkeypatch, *[arg.format(videos=videos) for arg in args]) == 2
