@@ -65,13 +65,13 @@ class SegmentationMetrics:
                              f"{tuple(predictions.shape)} must both be integers and (frames, H, W)")
         k, confusion = self.num_classes, torch.zeros_like(self.confusion)
         for t, (label, prediction) in enumerate(zip(labels, predictions)):
-            label, prediction = label.long(), prediction.long()
-            known = label != IGNORE
-            for name, values in ("label", label[known]), ("prediction", prediction):
+            known, prediction = label != IGNORE, prediction.long()
+            label = label[known].long()
+            for name, values in ("label", label), ("prediction", prediction):
                 if values.numel() and not 0 <= values.min() <= values.max() < k:
                     raise ValueError(f"{name}s in frame {t}: {values.min()} ... {values.max()}, "
                                      f"but classes are 0 ... {k - 1}")
-            confusion += torch.bincount(k * label[known] + prediction[known], minlength=k * k).view(k, k)
+            confusion += torch.bincount(k * label + prediction[known], minlength=k * k).view(k, k)
         self.confusion += confusion
         # For how many frames, this one included, has each pixel had the value it has now? It is constant over the
         # n frames that end here where that is at least n. The protocol leaves out the window that ends with the video.
@@ -363,8 +363,8 @@ def load_model(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict]:
                   "embed_dim": len(renamed.get("head.fuse.weight", ())) or EMBED_DIM,
                   **dict(zip(MRCFA_ARGUMENTS, (stride, None, True, True, OFFSETS)))}
     if args.model not in (None, config["model"]) or args.num_classes not in (None, len(config["classes"])):
-        raise ValueError(f"{path}: is a {config['model']} of {len(config['classes'])} classes; --model or --num-classes "
-                         "says something else")
+        raise ValueError(f"{path}: is a {config['model']} of {len(config['classes'])} classes, but --model or "
+                         "--num-classes says something else")
     if len(config["classes"]) > WRONG:
         raise ValueError(f"{path}: has {len(config['classes'])} classes; masks, of 8 bits, can hold {WRONG}")
     model = build_model(config)
@@ -564,16 +564,17 @@ def main():
     offsets: set[tuple[int, ...]] = set()  # of the references of all models
     classes = own = read_classes(args.data) if args.data else []
     for path in args.checkpoint or args.predictions:
-        name, predict = path.name, partial(saved_masks, folder=path, num_classes=len(own))
+        name, predict = path.name or "masks", partial(saved_masks, folder=path, num_classes=len(own))
         if args.checkpoint:
             model, config = load_model(path, args)
             name, classes = config["model"], config["classes"]
-            offsets |= {model.offsets} if isinstance(model, MRCFA) else set()
+            if isinstance(model, MRCFA):
+                offsets.add(model.offsets)
             predict = partial(segment_video, model=model, frame_size=config["frame_size"], amp=args.amp)
         if args.data and len(own) != len(classes):
             raise ValueError(f"{path}: has {len(classes)} classes, but {args.data} {len(own)}")
-        names = (name or "masks", *(f"{name}_{i}" for i in range(2, len(methods) + 2)))
-        methods[next(name for name in names if name not in methods)] = predict
+        names = [name, *(f"{name}_{i}" for i in range(2, len(methods) + 2))]  # one of them is free
+        methods[next(free for free in names if free not in methods)] = predict
     if args.frames:
         frames = list_frames(args.frames)
         evaluate(methods, [Video("", frames, [None] * len(frames))], classes, args.save, args.overlay)

@@ -698,6 +698,7 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
     (masks := tmp_path / "a").symlink_to("a_3")
     assert run(evaluation, monkeypatch, "--predictions", masks, tmp_path / "a_3", masks, masks, "--data", videos, "--save", copies) == 0
     assert sorted(path.name for path in copies.iterdir()) == ["a", "a_2", "a_3", "a_4"]
+    assert [path.name for path in sorted((masks / "v").iterdir())] == [path.name for path in saved]
 
     for args in ([training, "--data", videos, "--out", out], [evaluation, "--predictions", masks, "--data", videos, "--json", result],
                  [evaluation, "--checkpoint", out / "last.pt", "--data", videos, "--save", masks]):

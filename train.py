@@ -317,8 +317,8 @@ def train(args: argparse.Namespace):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     run = Run(args, model.to(args.device))
     if run.rank == 0 and clips.too_short:
-        print(f"warning: {clips.too_short} of {len(videos)} training videos are left out: no labelled frame of theirs has "
-              f"references {max(args.offsets)} frames away (--dilation)", file=sys.stderr)
+        print(f"warning: {clips.too_short} of {len(videos)} training videos are left out: no labelled frame of theirs "
+              f"has references {max(args.offsets)} frames away (--dilation)", file=sys.stderr)
     if args.resume:
         run.resume(read_checkpoint(args.out / "last.pt"))
     else:
