@@ -1,199 +1,670 @@
 """Evaluate on videos: the paper's protocol and metrics, masks, pictures, and what all of it costs.
 
     python eval.py --checkpoint runs/mrcfa_b0/best.pt --data DIR --split val --save masks/
-    python eval.py --checkpoint mrcfa_b1.pth --model mrcfa_b1 --num-classes 124 --data VSPW    # a released file
-    python eval.py --predictions masks/ --data DIR --split val                                 # masks of any method
+    python eval.py --checkpoint mrcfa_b1.pth --model mrcfa_b1 --num-classes 124 --data VSPW
+    python eval.py --predictions masks/ --data DIR --split val          # masks of any method
+    torchrun --nproc_per_node 4 eval.py ...                             # videos shared out
 """
 import argparse
 import colorsys
 import json
 import math
+import os
 import re
 import sys
-from functools import partial
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, Video, fit, list_frames, network_input, read_classes,
-                  read_frames, read_image, read_index_map, read_labels, read_split)
-from mrcfa import MRCFA, OFFSETS, REFERENCE_STRIDE, product, reference_indices, rename_official
-from segformer import (EMBED_DIM, MIT_VARIANTS, SegFormer, bands, bilinear_matrix, load_pretrained, load_strictly,
-                       read_checkpoint, read_state_dict, rename)
+from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, MAX_CLASSES,
+                  VSPW_CLASSES, ArgumentParser, Video, check_labels, check_same_classes, decode_mask,
+                  file_path, fit, is_cityscapes, list_frames, network_input, positive, progress,
+                  read_classes, read_frame, read_frames, read_image, read_index_map, read_labels,
+                  read_split, refuse_to_overwrite, run_script, write_image, write_whole)
+from mrcfa import (MRCFA, OFFSETS, build_model, load_checkpoint, load_weights, reference_indices,
+                   rename_official)
+from segformer import (EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, read_checkpoint,
+                       read_state_dict, rename, some_keys)
 
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
-MRCFA_ARGUMENTS = ("reference_stride", "keep_ratio", "refine", "aggregate", "offsets")
-WINDOWS = (8, 16)              # n of the video consistencies mVC_n, in frames
+WINDOWS = (8, 16)               # n of the video consistencies mVC_n, in frames
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
-PICTURED = 3                   # videos of which there are pictures
-PANEL, SHEET_COLUMNS = 200, 8  # of pictures: the long side of a panel in pixels, moments of a video on a sheet
-WRONG = 254                    # a value that is no class, for the hatching of errors
-PALETTE = [round(255 * value) for i in range(WRONG)  # hues a golden ratio apart, three brightnesses
-           for value in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + i % 3 / 5, 0.95 - i // 3 % 3 / 5)]
-PALETTE += 3 * [255] + 3 * [0]  # WRONG is white, IGNORE black
-PAPER_RATIO = {"b0": 73.4 / 50.0, "b1": 58.7 / 40.1, "b2": 39.2 / 32.1, "b5": 17.2 / 15.7}  # SegFormer's FPS / MRCFA's
-ROUNDS = 5                     # of the benchmark
+AHEAD = 2                       # frames that each step of an evaluation may be ahead of the next
+PICTURED_VIDEOS = 3             # of which there are pictures,
+PICTURED_FRAMES = 100           # of so many labelled frames of each,
+SHEET_FRAMES = 8                # and so many on a sheet
+PANEL = 200                     # the long side of a picture's panels, in pixels
+WRONG = 254                     # a value that is no class, for the hatching of errors
+PAPER_FPS = {                   # SegFormer's and MRCFA's
+    "b0": (73.4, 50.0),
+    "b1": (58.7, 40.1),
+    "b2": (39.2, 32.1),
+    "b5": (17.2, 15.7),
+}
+ROUNDS = 5                      # of the benchmark
 
 
-# -------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------- metrics
 
 class SegmentationMetrics:
-    """IoUs and video consistencies over whole videos of label maps: classes are 0 ... K-1, 255 is ignored."""
+    """IoUs and video consistencies over whole videos: classes are 0 ... K-1, 255 is ignored."""
 
     def __init__(self, num_classes: int):
+        if num_classes > IGNORE:
+            raise InputError(f"{num_classes} classes; there can be up to {IGNORE}")
         self.num_classes = num_classes
-        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # [label, prediction]
-        self.consistencies: dict[int, list[float]] = {n: [] for n in WINDOWS}      # one a window, of all videos
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)   # [label, mask]
+        self.consistencies: dict[int, list[float]] = {n: [] for n in WINDOWS}       # one a window
+        self.start_video()
 
     def update(self, labels, predictions):
-        """Add one whole video, integer arrays or tensors (frames, H, W); ValueError where a value is no class."""
+        """Add one whole video, integer arrays or tensors (frames, H, W).
+
+        Raises ValueError where shapes or types are wrong, or a value is no class.
+        """
         labels, predictions = torch.as_tensor(labels).cpu(), torch.as_tensor(predictions).cpu()
-        shaped = labels.ndim == 3 and labels.shape == predictions.shape
-        if not shaped or labels.is_floating_point() or predictions.is_floating_point():
-            raise ValueError(f"labels {labels.dtype} {tuple(labels.shape)} and predictions {predictions.dtype} "
-                             f"{tuple(predictions.shape)} must both be integers and (frames, H, W)")
-        k, confusion = self.num_classes, torch.zeros_like(self.confusion)
-        for t, (label, prediction) in enumerate(zip(labels, predictions)):
-            known, prediction = label != IGNORE, prediction.long()
-            label = label[known].long()
-            for name, values in ("label", label), ("prediction", prediction):
-                if values.numel() and not 0 <= values.min() <= values.max() < k:
-                    raise ValueError(f"{name}s in frame {t}: {values.min()} ... {values.max()}, "
-                                     f"but classes are 0 ... {k - 1}")
-            confusion += torch.bincount(k * label + prediction[known], minlength=k * k).view(k, k)
-        self.confusion += confusion
-        # For how many frames, this one included, has each pixel had the value it has now? It is constant over the
-        # n frames that end here where that is at least n. The protocol leaves out the window that ends with the video.
-        label_run = prediction_run = torch.ones(labels.shape[1:], dtype=torch.int32)
-        for t in range(1, len(labels) - 1 if len(labels) > max(WINDOWS) else 1):
-            label_run = torch.where(labels[t] == labels[t - 1], label_run + 1, 1)
-            prediction_run = torch.where(predictions[t] == predictions[t - 1], prediction_run + 1, 1)
+        right_shape = labels.ndim == 3 and labels.shape == predictions.shape
+        if not right_shape or labels.is_floating_point() or predictions.is_floating_point():
+            raise InputError(f"labels {labels.dtype} {tuple(labels.shape)} and predictions "
+                             f"{predictions.dtype} {tuple(predictions.shape)} must both be integers "
+                             "and (frames, H, W)")
+        self.start_video()
+        for label, prediction in zip(labels, predictions, strict=True):
+            self.add_frame(label, prediction)
+        self.end_video()
+
+    def start_video(self):
+        """Forget what was added of a video that did not end."""
+        self.frames = 0
+        self.counts = torch.zeros(IGNORE + 1, IGNORE + 1, dtype=torch.int64)        # [label, mask]
+        self.windows: dict[int, list[float]] = {n: [] for n in WINDOWS}
+        self.last_windows: list[tuple[int, float]] = []     # that end with the frame added last
+        self.label = self.prediction = None                 # of that frame
+        self.label_run = self.prediction_run = None         # for how many frames each pixel has had
+                                                            # its value, up to the longest window
+
+    def add_frame(self, label: Tensor | None, prediction: Tensor | None):
+        """Add a video's next frame, two (H, W); None, None for one without a label."""
+        for n, consistency in self.last_windows:            # the video goes on: they count
+            self.windows[n].append(consistency)
+        self.last_windows = []
+        if label is None or prediction is None:
+            self.label = None
+        else:
+            label = self.as_bytes(label, "labels")
+            prediction = self.as_bytes(prediction, "predictions")
+            self.add_counts(label, prediction)
+            self.add_windows(label, prediction)
+        self.frames += 1
+
+    def as_bytes(self, values: Tensor, name: str) -> Tensor:
+        """Values in 0 ... 255 as uint8."""
+        if values.dtype == torch.uint8:
+            return values
+        values = values.long()                              # some unsigned integers can't do much
+        low, high = values.min().item(), values.max().item()
+        if low < 0 or high > IGNORE:
+            self.refuse(name, low, high)
+        return values.to(torch.uint8)
+
+    def refuse(self, name: str, low: int, high: int):
+        """Raise the ValueError for values that are no classes."""
+        raise InputError(f"{name} in frame {self.frames}: {low} ... {high}, but classes are "
+                         f"0 ... {self.num_classes - 1}")
+
+    def add_counts(self, label: Tensor, prediction: Tensor):
+        """Count the pairs of values at all pixels."""
+        pairs = label.int() * (IGNORE + 1) + prediction
+        counts = torch.bincount(pairs.flatten(), minlength=(IGNORE + 1) ** 2)
+        counts = counts.view(IGNORE + 1, IGNORE + 1)
+        for name, by_value in (("labels", counts.sum(1)[:IGNORE]), ("predictions", counts.sum(0))):
+            values = by_value.nonzero()
+            if len(values) and values.max() >= self.num_classes:
+                self.refuse(name, values.min().item(), values.max().item())
+        self.counts += counts
+
+    def add_windows(self, label: Tensor, prediction: Tensor):
+        """Find the consistencies of the windows that end with this frame."""
+        longest = max(WINDOWS)
+        if self.label is None:                              # the first, or after one without label
+            self.run = 0
+            self.label_run = torch.zeros_like(label)
+            self.prediction_run = torch.zeros_like(label)
+        else:
+            self.label_run *= label == self.label
+            self.prediction_run *= prediction == self.prediction
+        self.run += 1
+        self.label_run = (self.label_run + 1).clamp_(max=longest)
+        self.prediction_run = (self.prediction_run + 1).clamp_(max=longest)
+        self.label, self.prediction = label, prediction
+        for n in WINDOWS:
+            if self.run < n:
+                continue
+            constant = self.label_run >= n
+            pixels = constant.count_nonzero().item()
+            if pixels:
+                consistent = constant & (self.prediction_run >= n)
+                self.last_windows.append((n, consistent.count_nonzero().item() / pixels))
+
+    def end_video(self):
+        """Take over what was counted of the video. The protocol leaves out the consistencies of
+        short videos, and the window that ends with the video."""
+        self.confusion += self.counts[:self.num_classes, :self.num_classes]
+        if self.frames > max(WINDOWS):
             for n in WINDOWS:
-                constant = label_run >= n
-                if t >= n - 1 and constant.any():
-                    self.consistencies[n].append((prediction_run[constant] >= n).double().mean().item())
+                self.consistencies[n] += self.windows[n]
+        self.start_video()
 
     def class_iou(self) -> Tensor:
         """IoU of each class (K,), NaN for a class that doesn't occur in the labels."""
         counts = self.confusion.double()
         hits, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-        return (hits / (labelled + predicted - hits)).where(labelled > 0, math.nan)
+        iou = hits / (labelled + predicted - hits)
+        return iou.where(labelled > 0, math.nan)
 
     def compute(self) -> dict[str, float]:
-        """mIoU, weighted_IoU, mVC8, mVC16, pixel_accuracy: 0 ... 1, or NaN where there was nothing to measure."""
-        iou, share = self.class_iou(), self.confusion.double() / self.confusion.sum()        # NaN without labels
-        return {"mIoU": iou.nanmean().item(), "weighted_IoU": (iou.nan_to_num() @ share.sum(1)).item(),
-                **{f"mVC{n}": math.fsum(c) / len(c) if c else math.nan for n, c in self.consistencies.items()},
-                "pixel_accuracy": share.trace().item()}
+        """mIoU, weighted_IoU, mVC8, mVC16, pixel_accuracy: 0 ... 1, NaN if nothing was measured."""
+        iou = self.class_iou()
+        share = self.confusion.double() / self.confusion.sum()      # NaN without labels
+        values = {"mIoU": iou.nanmean().item(),
+                  "weighted_IoU": (iou.nan_to_num() @ share.sum(1)).item()}
+        for n, consistencies in self.consistencies.items():
+            count = len(consistencies)
+            values[f"mVC{n}"] = math.fsum(consistencies) / count if count else math.nan
+        values["pixel_accuracy"] = share.trace().item()
+        return values
+
+    def gather(self):
+        """Add up what all processes of a torch.distributed group have counted."""
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, (self.confusion, self.consistencies))
+        self.confusion = torch.stack([confusion for confusion, _ in shares]).sum(0)
+        self.consistencies = {n: [] for n in WINDOWS}
+        for _, consistencies in shares:
+            for n in WINDOWS:
+                self.consistencies[n] += consistencies[n]
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Shares by row and column as text, in percent, with a dash for NaN."""
-    width, columns = max(12, *map(len, rows)), list(next(iter(rows.values())))
-    cells = {name: ["-" if math.isnan(row[key]) else f"{100 * row[key]:.2f}" for key in columns]
-             for name, row in rows.items()}
-    return "\n".join(f"{name:{width}}" + "".join(f" {cell:>14}" for cell in row)
-                     for name, row in {"": columns, **cells}.items())
+def table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Named rows of shares as text, in percent, with a dash for NaN."""
+    first = max([12, *(len(name) for name, _ in rows)])
+    width = max([14, *(len(column) for column in columns)])
+    lines = [" " * first + "".join(f" {column:>{width}}" for column in columns)]
+    for name, values in rows:
+        cells = ["-" if math.isnan(value) else f"{100 * value:.2f}" for value in values]
+        lines.append(f"{name:{first}}" + "".join(f" {cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------- protocol
-
-def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequence[int]) -> Tensor:
-    """Logits (K, h, w) -> classes (H, W) uint8 at the frame's size: bilinear to the network's input size, from there
-    to the frame's, argmax. Sizes are (height, width)."""
-    # Each side's two resizes are one matrix. Columns come first, while there are few rows; then a band of rows at a
-    # time, so that all classes are never at full size and the band fits into the cache.
-    rows, columns = (bilinear_matrix(network, frame) @ bilinear_matrix(small, network)
-                     for small, network, frame in zip(logits.shape[1:], network_size, frame_size))
-    of_rows, of_columns, rows, columns = bands(rows, 16), bands(columns, 64), rows.to(logits), columns.to(logits)
-    wide = torch.cat([logits[..., source] @ columns[band, source].T for band, source in of_columns], dim=-1)
-    masks = [(rows[band, source] @ wide[:, source]).max(0).indices for band, source in of_rows]
-    return torch.cat(masks).to(torch.uint8)
+def metrics_table(names: Sequence[str], results: Sequence[SegmentationMetrics]) -> str:
+    """The metrics of each method, a row each."""
+    values = [metrics.compute() for metrics in results]
+    rows = [(name, list(row.values())) for name, row in zip(names, values, strict=True)]
+    return table(list(values[0]), rows)
 
 
-def autocast(device: torch.device, amp: str | None) -> torch.autocast:
-    """Mixed precision for the network: "bf16", "fp16", or None for plain float32."""
-    return torch.autocast(device.type, AMP[amp] if amp else None, enabled=amp is not None)
+def without_nan(values: dict[str, float]) -> dict[str, float | None]:
+    """The same for JSON, which has no NaN: None instead."""
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+class Method(NamedTuple):
+    """What is evaluated: a name, and a function from a video to a mask (H, W) uint8 a frame."""
+    name: str
+    predict: Callable[[Video], Iterator[np.ndarray | None]]
+
+
+def in_background(items: Iterable) -> Iterator:
+    """The items, in order, made in another thread: up to AHEAD of them while one is worked on.
+
+    Errors come out where the item would have. Memory is bounded, and nothing runs on afterwards.
+    """
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, iterator, end) for _ in range(AHEAD))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, iterator, end))
+            yield item
+
+
+def network_inputs(video: Video, frame_size: Sequence[int]) -> Iterator[tuple[Tensor, tuple]]:
+    """A video's frames as the network takes them, and their own (height, width)."""
+    for image in read_frames(video.frames):
+        yield network_input(image, frame_size), image.size[::-1]
+
+
+def network_outputs(video: Video, model: nn.Module, frame_size: Sequence[int],
+                    amp: str | None) -> Iterator[tuple[Tensor, tuple, tuple]]:
+    """The logits (K, h, w) of a video's frames, the network's input size, and the frame's size."""
+    device = next(model.parameters()).device
+    stream = model.stream() if isinstance(model, MRCFA) else None
+    for x, size in in_background(network_inputs(video, frame_size)):
+        x = x.to(device)
+        with torch.no_grad(), torch.autocast(device.type, AMP.get(amp), enabled=amp is not None):
+            logits = stream(x) if stream else model(x[None])[0]
+        yield logits.float(), x.shape[-2:], size
 
 
 def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
                   amp: str | None = None) -> Iterator[np.ndarray]:
     """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size."""
-    device = next(model.parameters()).device
-    network = model.stream() if isinstance(model, MRCFA) else lambda frame: model(frame[None])[0]
-    for image in read_frames(video.frames):
-        with torch.no_grad(), autocast(device, amp):
-            x = network_input(image, frame_size).to(device)
-            logits = network(x).float()
-        yield decode_mask(logits, x.shape[-2:], image.size[::-1]).cpu().numpy()
+    for logits, input_size, size in in_background(network_outputs(video, model, frame_size, amp)):
+        yield decode_mask(logits, input_size, size).cpu().numpy()
 
 
 def saved_masks(video: Video, folder: Path, num_classes: int) -> Iterator[np.ndarray | None]:
     """The masks DIR/<video>/<frame>.png of a video's labelled frames, and None for the others."""
-    for path, label, image in zip(video.frames, video.masks, read_frames(video.frames)):
+    frames = read_frames(video.frames)
+    for path, label, image in zip(video.frames, video.masks, frames, strict=True):
+        if label is None:
+            yield None
+            continue
         mask_path = folder / video.name / f"{path.stem}.png"
-        mask = np.array(read_index_map(mask_path, image.size)) if label else None
-        if mask is not None and mask.max() >= num_classes:
-            raise ValueError(f"{mask_path}: class {mask.max()}, but there are only 0 ... {num_classes - 1}")
+        mask = np.array(read_index_map(mask_path, image.size))
+        if mask.max() >= num_classes:
+            raise InputError(f"{mask_path}: class {mask.max()}, but there are only "
+                             f"0 ... {num_classes - 1}")
         yield mask
 
 
-def evaluate(methods: Mapping[str, Callable[[Video], Iterable]], videos: list[Video], classes: Sequence[str],
-             save: Path | None = None, over: Path | None = None,
-             pictures: Path | None = None) -> dict[str, SegmentationMetrics]:
-    """Compare what each method gives for a video, a mask a frame, with its labels.
+def score_video(video: Video, methods: Sequence[Method], metrics: Sequence[SegmentationMetrics]
+                ) -> Iterator[tuple[int, np.ndarray | None, tuple]]:
+    """Count a video in the metrics, frame by frame: its number, labels or None, each method's mask."""
+    predictions = zip(*(method.predict(video) for method in methods), strict=True)
+    for t, masks in enumerate(predictions):
+        label = None
+        if video.masks[t]:
+            size = masks[0].shape[::-1]
+            label = np.array(read_labels(video.masks[t], size, metrics[0].num_classes))
+        for metric, mask in zip(metrics, masks, strict=True):
+            known = label is not None
+            metric.add_frame(torch.from_numpy(label) if known else None,
+                             torch.from_numpy(mask) if known else None)
+        yield t, label, masks
+    for metric in metrics:
+        metric.end_video()
 
-    Masks of labelled frames, or of all where no frame is, go to the folder `save`, and blended with the frames to
-    `over`; of several methods, each has a folder in there. The first videos are drawn in `pictures`. In a
-    torch.distributed process group each process takes its share of the videos, and all get the same metrics.
+
+def evaluate(methods: Sequence[Method], videos: Sequence[Video], classes: Sequence[str],
+             save: Path | None = None, overlay: Path | None = None,
+             pictures: Path | None = None) -> list[SegmentationMetrics]:
+    """Compare each method's masks with the labels -> metrics for each method.
+
+    Masks go to the folder `save`, and blended with the frames to `overlay`: of all frames, but of
+    Cityscapes' clips of the labelled frame alone. Each of several methods has a folder in there. The
+    first videos are drawn in `pictures`. In a torch.distributed group the processes share the
+    videos, and all get the same metrics.
     """
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = videos[rank::processes]
-    metrics = {name: SegmentationMetrics(len(classes)) for name in methods}
-    with tqdm(total=sum(len(video.frames) for video in mine), desc="evaluate", unit="frame", dynamic_ncols=True,
-              disable=rank > 0) as bar:
-        for i, video in enumerate(mine):
-            moments = []
-            by_method = [method(video) for method in methods.values()]
-            for t, (path, label, *masks) in enumerate(zip(video.frames, video.masks, *by_method)):
-                bar.update()
-                if label:
-                    moments.append((t, np.array(read_labels(label, masks[0].shape[::-1], len(classes))), *masks))
-                elif any(video.masks):
-                    continue
-                for name, mask in zip(methods, masks):
-                    place = Path(name if methods.keys() - {name} else "", video.name, path.stem)
+    metrics = [SegmentationMetrics(len(classes)) for _ in methods]
+    mine = share_of_videos(videos)
+    frames = sum(len(videos[i].frames) for i in mine)
+    hidden = dist.is_initialized() and dist.get_rank() > 0
+    with progress(total=frames, desc="evaluate", unit="frame", disable=hidden) as bar:
+        for i in mine:
+            video = videos[i]
+            album = None
+            if pictures and i < PICTURED_VIDEOS:
+                album = Album(video, [method.name for method in methods], classes)
+            for t, label, masks in in_background(score_video(video, methods, metrics)):
+                wanted = label is not None or not video.offsets     # Cityscapes' clips have those
+                for method, mask in zip(methods, masks, strict=True):
+                    if mask is None or not wanted:
+                        continue
+                    folder = Path(method.name) if len(methods) > 1 else Path()
+                    place = folder / video.name / video.frames[t].stem
                     if save:
-                        write_image(coloured(mask), save / f"{place}.png")
-                    if over:
-                        image = Image.blend(read_image(path).convert("RGB"), coloured(mask).convert("RGB"), 0.5)
-                        write_image(draw_legend(image, np.unique(mask), classes), over / f"{place}.jpg")
-            if moments:
-                _, labels, *masks = (np.stack(x) for x in zip(*moments))
-                for metric, of_method in zip(metrics.values(), masks):
-                    metric.update(labels, of_method)
-            if moments and pictures and rank == 0 and i < PICTURED:
-                save_pictures(pictures / video.name, video, moments, list(methods), classes)
-    for metric in metrics.values() if processes > 1 else ():
-        shares: list[Any] = [None] * processes
-        dist.all_gather_object(shares, (metric.confusion, metric.consistencies))
-        metric.confusion = torch.stack([confusion for confusion, _ in shares]).sum(0)
-        metric.consistencies = {n: [share for _, of in shares for share in of[n]] for n in WINDOWS}
+                        write_image(coloured(mask), save / f"{place}.png", compress_level=1)
+                    if overlay:
+                        picture = blend(video.frames[t], mask, classes)
+                        write_image(picture, overlay / f"{place}.jpg", quality=92)
+                if album and label is not None:
+                    album.add(t, label, masks)
+                bar.update()
+            if album:
+                album.save(pictures / video.name)
+    if dist.is_initialized():
+        for metric in metrics:
+            metric.gather()
     return metrics
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+def share_of_videos(videos: Sequence[Video]) -> list[int]:
+    """Which videos this process evaluates: the longest first, each goes to whoever has least."""
+    if not dist.is_initialized():
+        return list(range(len(videos)))
+    load = [0] * dist.get_world_size()
+    mine = []
+    for i in sorted(range(len(videos)), key=lambda i: -len(videos[i].frames)):
+        process = load.index(min(load))
+        load[process] += len(videos[i].frames)
+        if process == dist.get_rank():
+            mine.append(i)
+    return sorted(mine)
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+def load_model(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict]:
+    """A checkpoint's model, ready to run as the command line says, and its config.
+
+    InputError where the file is none, or is of another model or class count than the command line
+    says.
+    """
+    if "config" in read_checkpoint(path):
+        model, config = load_checkpoint(path)
+    elif args.model and args.num_classes:
+        model, config = load_released(path, args.model[-2:])
+    else:
+        raise InputError(f"{path}: is not train.py's; for a released checkpoint give --model and "
+                         "--num-classes")
+    classes = len(config["classes"])
+    if args.model not in (None, config["model"]) or args.num_classes not in (None, classes):
+        raise InputError(f"{path}: is a {config['model']} of {classes} classes, but --model or "
+                         "--num-classes says something else")
+    if classes > MAX_CLASSES:
+        raise InputError(f"{path}: has {classes} classes; masks, of 8 bits, can hold {MAX_CLASSES}")
+    if isinstance(model, MRCFA) and args.dilation:
+        model.offsets = tuple(args.dilation)
+    if args.frame_size:
+        config["frame_size"] = args.frame_size
+    if args.compile:
+        compile_parts(model)
+    return model.eval().to(args.device), config
+
+
+def load_released(path: Path, variant: str) -> tuple[nn.Module, dict]:
+    """A released MRCFA or SegFormer, or the bare weights of one of ours, and a config for it."""
+    try:
+        state = read_state_dict(path)
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if str(path) in message else f"{path}: {message}") from None
+    if "decode_head.sr1_feat.weight" in state:
+        renamed = rename_official(state)
+    else:
+        renamed = state if "value.weight" in state else rename(state)
+    if "classifier.1.bias" not in renamed:
+        raise InputError(f"{path}: no whole MRCFA or SegFormer in it, which would have a classifier; "
+                         f"it holds {some_keys(state)}")
+    num_classes = len(renamed["classifier.1.bias"])
+    arguments = {"variant": variant, "num_classes": num_classes}
+    stride = 32
+    if "value.weight" in renamed:
+        kind = "mrcfa"
+        stride = 8 * renamed["value.weight"].shape[-1]
+        arguments["reference_stride"] = stride
+    else:
+        kind = "segformer"
+        arguments["embed_dim"] = len(renamed.get("head.fuse.weight", ())) or EMBED_DIM
+    name = f"{kind}_{variant}"
+    model = build_model(name, arguments)
+    load_weights(model, path)
+    frame_size = FRAME_SIZE if stride == 32 else CITYSCAPES_FRAME_SIZE
+    return model, {"model": name, "classes": names_of_classes(num_classes),
+                   "frame_size": frame_size, "offsets": OFFSETS}
+
+
+def names_of_classes(num_classes: int) -> list[str]:
+    """The class names of a released file: 124 are VSPW's, 19 Cityscapes'."""
+    for classes in (VSPW_CLASSES, CITYSCAPES_CLASSES):
+        if len(classes) == num_classes:
+            return classes
+    return [f"class {k}" for k in range(num_classes)]
+
+
+def compile_parts(model: nn.Module):
+    """torch.compile whatever runs once a frame."""
+    names = ("encode", "keys_and_values", "read") if isinstance(model, MRCFA) else ("forward",)
+    for name in names:
+        setattr(model, name, torch.compile(getattr(model, name)))
+
+
+# --------------------------------------------------------------------------------- command line
+
+def parse_args() -> argparse.Namespace:
+    """The command line of an evaluation."""
+    parser = ArgumentParser(
+        description="Evaluate checkpoints or saved masks, segment a folder of frames, or measure "
+                    "the speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--checkpoint", type=file_path, nargs="+", metavar="FILE",
+                       help="train.py's or a released one; or several")
+    group.add_argument("--predictions", type=file_path, nargs="+", metavar="DIR",
+                       help="score the masks DIR/<video>/<frame>.png, pixel = class from 0; or "
+                            "several folders")
+    group.add_argument("--benchmark", action="store_true",
+                       help="measure parameters, operations, time and memory of --variants")
+
+    group = parser.add_argument_group("files")
+    group.add_argument("--data", type=file_path, metavar="DIR",
+                       help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
+    group.add_argument("--split", default="val", metavar="NAME",
+                       help="which videos: those that DIR/NAME.txt lists")
+    group.add_argument("--labels", choices=("dense", "sparse"), default="dense",
+                       help="sparse: some frames have no mask, as in videos that you label yourself")
+    group.add_argument("--frames", type=file_path, metavar="DIR",
+                       help="instead of --data a folder of frames without labels, for --save and "
+                            "--overlay")
+    group.add_argument("--save", type=file_path, metavar="DIR",
+                       help="new folder for the predicted masks, palette PNGs")
+    group.add_argument("--overlay", type=file_path, metavar="DIR",
+                       help="new folder for the masks over their frames, with a legend")
+    group.add_argument("--pictures", type=file_path, metavar="DIR",
+                       help=f"new folder for pictures of the first {PICTURED_VIDEOS} videos, moving "
+                            "and as sheets")
+    group.add_argument("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
+                       help="draw what one pixel of a frame of --data, counted from 0, finds in its "
+                            "references, into --pictures")
+    group.add_argument("--json", type=file_path, metavar="FILE", help="new file for the metrics")
+    group.add_argument("--per-class", action="store_true", help="print each class's IoU, too")
+    group.add_argument("--single-frames", action="store_true",
+                       help="evaluate an MRCFA's single frames (its SegFormer), too: a row that "
+                            "shows what the references add")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=MODELS, metavar="NAME",
+                       help="what a released checkpoint is: mrcfa_b0 ... segformer_b5")
+    group.add_argument("--num-classes", type=positive, metavar="K",
+                       help="of a released checkpoint; of the benchmark, there 124 by default")
+    group.add_argument("--dilation", type=positive, nargs="+", metavar="N",
+                       help="frames back to the references, if not as in training")
+    group.add_argument("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"),
+                       help="scale frames to fit this, if not as in training")
+    add_device_arguments(parser)
+
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--variants", nargs="+", choices=MIT_VARIANTS, default=list(PAPER_FPS),
+                       metavar="NAME", help="of the encoder, to measure")
+    group.add_argument("--size", type=positive, nargs=2, default=(480, 864), metavar=("H", "W"),
+                       help="of its frames")
+    args = parser.parse_args()
+    check_arguments(parser, args)
+    return args
+
+
+def add_device_arguments(parser: argparse.ArgumentParser):
+    """What train.py takes as well."""
+    devices = ["cpu"]
+    if torch.backends.mps.is_available():
+        devices.insert(0, "mps")
+    if torch.cuda.is_available():
+        devices.insert(0, "cuda")
+    group = parser.add_argument_group("device")
+    group.add_argument("--device", choices=devices, default=devices[0], help="where the network runs")
+    group.add_argument("--amp", choices=AMP, help="mixed precision: faster, a little less exact")
+    group.add_argument("--compile", action="store_true",
+                       help="torch.compile the network: pays after some minutes")
+
+
+def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
+    """End the script where arguments don't go together."""
+    if not args.benchmark and not args.data and not (args.checkpoint and args.frames):
+        parser.error("--data DIR is missing, or --frames DIR to segment with --checkpoint FILE")
+    if args.frames and (args.json or args.pictures or not (args.save or args.overlay)):
+        parser.error("--frames have no labels: they need --save DIR for the masks or --overlay DIR, "
+                     "and nothing else")
+    if args.explain:
+        one = args.checkpoint and len(args.checkpoint) == 1 and args.pictures and args.data
+        if not one or args.save or args.overlay or args.json:
+            parser.error("--explain needs one --checkpoint FILE, --data DIR and --pictures DIR, and "
+                         "nothing else")
+
+
+def main():
+    """Do what the command line says; as one of several processes, if torchrun started this one."""
+    args = parse_args()
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{rank}"
+    args.device = torch.device(args.device)
+    if args.benchmark:
+        benchmark(args)
+    elif args.explain:
+        explain_pixel(args)
+    elif "LOCAL_RANK" in os.environ:
+        dist.init_process_group("gloo")     # it only gathers what was counted
+        try:
+            run(args)
+        finally:
+            dist.destroy_process_group()
+    else:
+        run(args)
+
+
+def run(args: argparse.Namespace):
+    """Evaluate checkpoints or masks, or segment a folder of frames."""
+    for path in (args.save, args.json, args.overlay, args.pictures):
+        if path:
+            refuse_to_overwrite(path)
+    if dist.is_initialized():
+        dist.barrier()                      # until all have seen that there is nothing
+    if args.json:
+        write_whole(args.json, b"")         # fails now, if at all, and not after the evaluation
+        args.json.unlink()
+    methods, configs = prepare_methods(args)
+    if args.frames:
+        frames = list_frames(args.frames)
+        video = Video("", frames, [None] * len(frames))
+        for method, config in zip(methods, configs, strict=True):
+            folder = method.name if len(methods) > 1 else ""
+            evaluate([method], [video], config["classes"], args.save and args.save / folder,
+                     args.overlay and args.overlay / folder)
+        places = " and ".join(str(path) for path in (args.save, args.overlay) if path)
+        print(f"the frames' predicted masks are in {places}")
+        return
+
+    classes = configs[0]["classes"]
+    offsets = references_of(configs, args.data)
+    videos = read_split(args.data, args.split, offsets, args.labels == "sparse")
+    check_labels(videos, classes, args.split)
+    results = evaluate(methods, videos, classes, args.save, args.overlay, args.pictures)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    names = [method.name for method in methods]
+    if args.json:
+        values = [without_nan(metrics.compute()) for metrics in results]
+        content = dict(zip(names, values, strict=True)) if len(names) > 1 else values[0]
+        write_whole(args.json, (json.dumps(content, indent=2) + "\n").encode())
+    print(metrics_table(names, results))
+    if args.per_class:
+        ious = torch.stack([metrics.class_iou() for metrics in results], dim=1)
+        print(table(names, list(zip(classes, ious.tolist(), strict=True))))
+    unlabelled = sum(video.masks.count(None) for video in videos if not video.offsets)
+    if unlabelled and (args.save or args.overlay):
+        print(f"all masks are predictions; {unlabelled} of them are of frames without labels, which "
+              "count in no metric")
+
+
+def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]:
+    """The methods that the command line names, and for each a dict with its "classes" and more."""
+    if args.predictions:
+        classes = read_classes(args.data, default=VSPW_CLASSES)
+        if not is_cityscapes(args.data) and not (args.data / "classes.txt").exists():
+            print(f"warning: {args.data} has no classes.txt; its classes are taken for VSPW's 124",
+                  file=sys.stderr)
+        methods = []
+        for folder in args.predictions:
+            predict = partial(saved_masks, folder=folder, num_classes=len(classes))
+            methods.append(Method(free_name(folder.name or "masks", methods), predict))
+        return methods, [{"classes": classes}] * len(methods)
+
+    methods, configs = [], []
+    for path in args.checkpoint:
+        model, config = load_model(path, args)
+        if args.data:
+            check_classes_of_data(args.data, config["classes"], path)
+        options = {"frame_size": config["frame_size"], "amp": args.amp}
+        name = free_name(config["model"], methods)
+        if name != config["model"]:
+            print(f"{name} is {path}", file=sys.stderr)
+        methods.append(Method(name, partial(segment_video, model=model, **options)))
+        configs.append(config)
+        if isinstance(model, MRCFA):
+            config["offsets"] = model.offsets
+            if args.single_frames:
+                predict = partial(segment_video, model=model.segformer, **options)
+                methods.append(Method(f"{name}_single_frames", predict))
+                configs.append(config)
+    return methods, configs
+
+
+def check_classes_of_data(data: Path, classes: Sequence[str], path: Path):
+    """InputError where the classes of a checkpoint are not those of the data."""
+    if classes != VSPW_CLASSES and not is_cityscapes(data) and not (data / "classes.txt").exists():
+        print(f"warning: {data} has no classes.txt; its classes are taken for those of {path}",
+              file=sys.stderr)
+    check_same_classes(classes, read_classes(data, default=classes), str(path), data)
+
+
+def free_name(name: str, methods: Sequence[Method]) -> str:
+    """A name that none of the methods has: the name itself, or with a number."""
+    taken = {method.name for method in methods}
+    number = 1
+    free = name
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    return free
+
+
+def references_of(configs: Sequence[dict], data: Path) -> tuple[int, ...]:
+    """How far back the references of all MRCFAs lie, which Cityscapes' clips are made for."""
+    found = {tuple(config["offsets"]) for config in configs if config.get("offsets")}
+    if len(found) > 1 and is_cityscapes(data):
+        raise InputError(f"{data}: clips of Cityscapes are made for one model's references, but "
+                         f"these lie {sorted(found)} frames back; evaluate one checkpoint at a time, "
+                         "or give one --dilation")
+    return max(found, default=())
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+def make_palette() -> list[int]:
+    """A colour for each class: hues a golden ratio apart, in three brightnesses."""
+    palette = []
+    for k in range(MAX_CLASSES):
+        hue = k * 0.618034 % 1
+        saturation = 0.55 + k % 3 / 5
+        brightness = 0.95 - k // 3 % 3 / 5
+        palette += [round(255 * value) for value in colorsys.hsv_to_rgb(hue, saturation, brightness)]
+    return palette + 3 * [255] + 3 * [0]        # WRONG is white, IGNORE black
+
+
+PALETTE = make_palette()
+
 
 def coloured(mask: np.ndarray) -> Image.Image:
     """Classes (H, W) uint8 as a palette image, pixel = class; 255, ignored, is black."""
@@ -202,58 +673,243 @@ def coloured(mask: np.ndarray) -> Image.Image:
     return image
 
 
-def write_image(image: Image.Image, path: Path):
-    """Save an image in a folder that need not be there yet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, quality=92)  # of JPEGs
-
-
-def draw_legend(image: Image.Image, present: Iterable[int], classes: Sequence[str]) -> Image.Image:
-    """Write the names of some classes, on their colours, down the left side of an image."""
-    draw, height = ImageDraw.Draw(image), max(10, image.height // 30)
-    font = ImageFont.load_default(height)
-    for i, k in enumerate(present):
-        top = 2 + i * (height + 6)
-        box = 2, top, 10 + draw.textlength(classes[k], font), top + height + 6
-        draw.rectangle(box, tuple(PALETTE[3 * k:3 * k + 3]))
-        draw.text((6, top), classes[k], "black", font)
+def blend(frame: Path, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
+    """A mask over its frame, with the names of its classes."""
+    image = Image.blend(read_frame(frame), coloured(mask).convert("RGB"), 0.5)
+    areas = np.bincount(mask.ravel(), minlength=IGNORE + 1)
+    font_size = max(10, image.height // 30)
+    entries = legend_entries(areas, classes)
+    boxes, width = legend_boxes(entries, image.height, font_size)
+    while width > image.width and font_size > 6:
+        font_size -= 1
+        boxes, width = legend_boxes(entries, image.height, font_size)
+    while width > image.width and len(entries) > 1:         # no font is small enough
+        entries = entries[:-1]
+        rest = (f"+ {np.count_nonzero(areas) - len(entries)} more", (255, 255, 255))
+        boxes, width = legend_boxes([*entries, rest], image.height, font_size)
+    draw_boxes(image, boxes, font_size)
     return image
+
+
+@lru_cache(maxsize=None)
+def font_of(size: int) -> ImageFont.ImageFont:
+    """Pillow's own font, loaded once a size."""
+    return ImageFont.load_default(size)
+
+
+def legend_entries(areas: np.ndarray, classes: Sequence[str]) -> list[tuple[str, tuple]]:
+    """Names and colours of the classes with an area (256,), the largest first."""
+    present = [int(k) for k in np.argsort(-areas, kind="stable") if areas[k] and k < len(classes)]
+    return [(classes[k], tuple(PALETTE[3 * k:3 * k + 3])) for k in present]
+
+
+def legend_boxes(entries: Sequence[tuple[str, tuple]], height: int, font_size: int
+                 ) -> tuple[list[tuple], int]:
+    """A legend in as many columns as it takes: boxes (left, top, right, bottom, text, colour), and
+    its width."""
+    font = font_of(font_size)
+    row = font_size + 6
+    rows = max(1, (height - 2) // row)
+    boxes, left, widest = [], 2, 0
+    for i, (text, colour) in enumerate(entries):
+        if i and i % rows == 0:
+            left += widest + 2
+            widest = 0
+        width = round(font.getlength(text)) + 8
+        top = 2 + i % rows * row
+        boxes.append((left, top, left + width, top + row - 1, text, colour))
+        widest = max(widest, width)
+    return boxes, left + widest
+
+
+def draw_boxes(image: Image.Image, boxes: Sequence[tuple], font_size: int):
+    """Draw a legend's boxes into an image."""
+    draw = ImageDraw.Draw(image)
+    font = font_of(font_size)
+    for left, top, right, bottom, text, colour in boxes:
+        draw.rectangle((left, top, right, bottom), colour)
+        draw.text((left + 4, top + 2), text, "black", font)
 
 
 def panel(image: Image.Image, title: str) -> Image.Image:
     """An image at the size that all have in a picture, with its title above."""
-    image = image.convert("RGB").resize(fit(image.size, PANEL, PANEL), Image.Resampling.BILINEAR)
+    size = fit(image.size, PANEL, PANEL)
+    image = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
     framed = ImageOps.expand(image, (2, 20, 2, 2), "white")
-    ImageDraw.Draw(framed).text((4, 3), title, "black", ImageFont.load_default(12))
+    font_size = 12
+    while font_size > 5 and font_of(font_size).getlength(title) > framed.width - 6:
+        font_size -= 1
+    ImageDraw.Draw(framed).text((4, 3), title, "black", font_of(font_size))
     return framed
 
 
 def tile(rows: Iterable[Sequence[Image.Image]]) -> Image.Image:
-    """Images of one size side by side, row by row."""
-    return Image.fromarray(np.vstack([np.hstack([np.asarray(image) for image in row]) for row in rows]))
+    """Images side by side, row by row: those of a row have one height, all rows one width."""
+    stacked = [np.hstack([np.asarray(image) for image in row]) for row in rows]
+    return Image.fromarray(np.vstack(stacked))
 
 
-def save_pictures(path: Path, video: Video, moments: list[tuple], names: Sequence[str], classes: Sequence[str]):
-    """A video's labelled frames, labels and masks by method, moving (PATH.webp) and as a sheet of some (PATH.png).
+class Album:
+    """A video's labelled frames, labels and masks by method, with wrong pixels hatched.
 
-    `moments` are of one labelled frame each: its number, labels, and masks. Wrong pixels are hatched.
+    PATH.webp moves; PATH.png is a sheet of some frames.
     """
+
+    def __init__(self, video: Video, names: Sequence[str], classes: Sequence[str]):
+        self.video = video
+        self.names = names
+        self.classes = classes
+        labelled = [t for t, mask in enumerate(video.masks) if mask]
+        self.wanted = set(evenly(labelled, PICTURED_FRAMES))
+        self.areas = np.zeros(IGNORE + 1, dtype=np.int64)
+        self.rows: list[list[Image.Image]] = []             # panels of a frame each
+
+    def add(self, t: int, label: np.ndarray, masks: Sequence[np.ndarray]):
+        """Draw the panels of frame t."""
+        if t not in self.wanted:
+            return
+        y, x = np.indices(label.shape)
+        stripes = (x + y) % max(2, len(label) // 16) < max(1, len(label) // 64)
+        row = [panel(read_frame(self.video.frames[t]), f"{self.video.name}, frame {t}"),
+               panel(coloured(label), "label")]
+        for name, mask in zip(self.names, masks, strict=True):
+            wrong = (label != IGNORE) & (mask != label)
+            hatched = np.where(wrong & stripes, np.uint8(WRONG), mask)
+            row.append(panel(coloured(hatched), f"{name}, errors hatched"))
+        for values in (label, *masks):
+            self.areas += np.bincount(values.ravel(), minlength=IGNORE + 1)
+        self.rows.append(row)
+
+    def save(self, path: Path):
+        """Write PATH.webp and PATH.png, with a legend of all classes beside them."""
+        if not self.rows:
+            return
+        key = self.legend(self.rows[0][0].size)
+        first, *others = [tile([[*row, key]]) for row in self.rows]
+        write_image(first, path.with_name(f"{path.name}.webp"), save_all=True, append_images=others,
+                    duration=150, loop=0)
+        shown = evenly(self.rows, SHEET_FRAMES)
+        blank = Image.new("RGB", key.size, "white")
+        lines = [list(line) for line in zip(*shown, strict=True)]   # a line of frames, of labels ...
+        for i, line in enumerate(lines):
+            line.append(blank if i else key)
+        write_image(tile(lines), path.with_name(f"{path.name}.png"))
+
+    def legend(self, size: tuple[int, int]) -> Image.Image:
+        """The classes' names on their colours: of a panel's height, at least of its width."""
+        width, height = size
+        boxes, needed = legend_boxes(legend_entries(self.areas, self.classes), height, font_size=10)
+        image = Image.new("RGB", (max(width, needed + 2), height), "white")
+        draw_boxes(image, boxes, font_size=10)
+        return image
+
+
+def evenly(items: Sequence, count: int) -> list:
+    """Up to `count` of the items, at even distances."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items)))
+    return [items[i] for i in places.round().astype(int)]
+
+
+# ---------------------------------------------------------------------------- one pixel explained
+
+def explain_pixel(args: argparse.Namespace):
+    """Draw what --explain asks for."""
+    model, config = load_model(args.checkpoint[0], args)
+    if not isinstance(model, MRCFA):
+        raise InputError(f"--explain: {args.checkpoint[0]} is a {config['model']}, which has no "
+                         "references")
+    video = args.explain[0]
+    t, x, y = (int(number) if number.isdecimal() else -1 for number in args.explain[1:])
+    frames = list_frames(args.data / "data" / video / "origin")
+    width, height = read_image(frames[0]).size
+    first = len(model.offsets)
+    if not (first <= t < len(frames) and 0 <= x < width and 0 <= y < height):
+        raise InputError(f"--explain {' '.join(args.explain)}: give a frame from {first} to "
+                         f"{len(frames) - 1}, and a place in its {width}x{height} pixels")
+    path = args.pictures / f"{video.replace('/', '_')}_{t}_{x}_{y}.png"
+    refuse_to_overwrite(path)
+    chosen = [frames[i] for i in (*reference_indices(t, model.offsets), t)]
+    write_image(explain(model, chosen, config["frame_size"], (x, y)), path)
+    print(f"{path} shows what frame {t} finds at ({x}, {y})")
+
+
+@torch.no_grad()
+def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
+            place: tuple[int, int]) -> Image.Image:
+    """What one pixel (x, y) of the target, the last frame, finds in its references: a column each.
+
+    Downwards: the tokens that STM keeps, the pixel's affinities A^l to them, these after SAR and
+    after MAA, and the weights B with which their values are read. The last column is what SAR and
+    MAA see: the affinities of one token, the one of the nearest reference that is read most, to all
+    positions of the target. Every map has a scale of its own.
+    """
+    images = list(read_frames(frames))
+    device = next(model.parameters()).device
+    encoded = [model.encode(network_input(image, frame_size)[None].to(device)) for image in images]
+    queries = model.queries(encoded[-1][0])
+    target = images[-1]
+    x, y = (place[0] + 0.5) / target.width, (place[1] + 0.5) / target.height
+    columns = []
+    for path, image, (features, fused) in zip(frames, images, encoded[:-1]):
+        h, w = (4 * side // model.reference_stride for side in fused.shape[-2:])    # of tokens
+        reference = model.keys_and_values(features, model.at_stride_8(fused))
+        kept, steps = reading_steps(model, queries, reference)
+        found = pixel_maps(steps, kept, (x, y), (h, w))
+        columns.append({"target and its pixel": ringed(target, x, y),
+                        f"reference {path.stem}: STM drops dark": dimmed(image, found["MAA: M2"]),
+                        **{name: heat(values, image) for name, values in found.items()}})
+    read = found["B: what is read"].nan_to_num(-math.inf)
+    top, left = divmod(int(read.argmax()), w)
+    token = (kept == top * w + left).nonzero().item()
+    columns.append({"target, as it looks to": target,
+                    "the token that is read most": ringed(image, (left + 0.5) / w, (top + 0.5) / h),
+                    **{name: heat(maps[token], target) for name, maps in steps.items()}})
     rows = []
-    for t, labels, *masks in moments:
-        y, x = np.indices(labels.shape)
-        hatched = (labels != IGNORE) & ((x + y) % max(2, len(labels) // 16) < max(1, len(labels) // 64))
-        rows.append([panel(read_image(video.frames[t]), f"{video.name}, frame {t}"), panel(coloured(labels), "label"),
-                     *(panel(coloured(np.where(hatched & (mask != labels), WRONG, mask)), f"{name}, errors hatched")
-                       for name, mask in zip(names, masks))])
-    present = {int(k) for _, *maps in moments for x in maps for k in np.unique(x)} - {IGNORE}
-    blank = Image.new("RGB", fit(labels.shape[::-1], PANEL, PANEL), "white")
-    key = draw_legend(blank.copy(), sorted(present), classes)
-    keys = [panel(key, "classes"), *[panel(blank, "")] * (1 + len(masks))]
-    first, *others = [tile([[*row, keys[0]]]) for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    first.save(f"{path}.webp", save_all=True, append_images=others, duration=150, loop=0)
-    shown = np.linspace(0, len(rows) - 1, min(SHEET_COLUMNS, len(rows))).round().astype(int)
-    tile(zip(*(rows[i] for i in shown), keys)).save(f"{path}.png")
+    for line in zip(*(column.items() for column in columns), strict=True):
+        rows.append([panel(picture, title) for title, picture in line])
+    return tile(rows)
+
+
+def reading_steps(model: MRCFA, queries: Sequence[Tensor], reference) -> tuple[Tensor, dict]:
+    """`MRCFA.read` step by step -> the kept tokens (m,), and of each step its images (m, h_l, w_l)."""
+    kept, A2, A3, A4 = model.affinities(queries, reference)
+    sar = model.aggregation
+    M2 = sar(A2, A3, A4)
+    steps = {"A4 (target stride 32)": A4, "A3 (target stride 16)": A3, "A2 (target stride 8)": A2,
+             "SAR: G4(A4)": sar.g4(A4), "SAR: G3(A3)": sar.g3(A3), "SAR: G2(A2)": sar.g2(A2),
+             "MAA: M2": M2, "B: what is read": M2.softmax(1)}
+    m = kept.shape[1]
+    for name, images in steps.items():
+        steps[name] = images[0].unflatten(0, (m, -1)).mean(1).cpu()     # b1 has two channels a token
+    return kept[0].cpu(), steps
+
+
+def pixel_maps(steps: dict[str, Tensor], kept: Tensor, place: tuple[float, float],
+               grid: tuple[int, int]) -> dict[str, Tensor]:
+    """What the pixel at (x, y), 0 ... 1, has at each token of the grid; NaN where it was dropped."""
+    found = {}
+    for name, images in steps.items():
+        column, row = int(place[0] * images.shape[2]), int(place[1] * images.shape[1])
+        tokens = torch.full((grid[0] * grid[1],), math.nan)
+        tokens[kept] = images[:, row, column].float()
+        found[name] = tokens.view(grid)
+    return found
+
+
+def ringed(image: Image.Image, x: float, y: float) -> Image.Image:
+    """A copy of an image with a ring round the place (x, y), each 0 ... 1."""
+    image = image.copy()
+    radius = max(3, image.height // 24)
+    x, y = x * image.width, y * image.height
+    box = x - radius, y - radius, x + radius, y + radius
+    ImageDraw.Draw(image).ellipse(box, outline="red", width=radius // 3 + 1)
+    return image
+
+
+def dimmed(image: Image.Image, values: Tensor) -> Image.Image:
+    """An image that is dark where the values over it are NaN."""
+    dropped = Image.fromarray(values.isnan().numpy()).resize(image.size)
+    return Image.composite(image.point(lambda v: v // 4), image, dropped)
 
 
 def heat(values: Tensor, over: Image.Image) -> Image.Image:
@@ -265,127 +921,95 @@ def heat(values: Tensor, over: Image.Image) -> Image.Image:
     return Image.blend(over, image.resize(over.size, Image.Resampling.NEAREST), 0.6)
 
 
+# ------------------------------------------------------------------------------------ benchmark
+
 @torch.no_grad()
-def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int], place: tuple[int, int]) -> Image.Image:
-    """What one pixel (x, y) of the target, the last frame, finds in its references: a column for each of these.
-
-    Downwards: the tokens that STM keeps, the pixel's affinities A^l to them, these after SAR and after MAA, and the
-    weights B with which their values are read. The last column is what SAR and MAA see: of the nearest reference's
-    token that is read most, the affinities to all positions of the target. Every map has a scale of its own.
-    """
-    images, device = list(read_frames(frames)), next(model.parameters()).device
-    encoded = [model.encode(network_input(image, frame_size)[None].to(device)) for image in images]
-    queries, sar, target = model.queries(encoded[-1][0]), model.aggregation, images[-1]
-    h, w = (4 * side // model.reference_stride for side in encoded[-1][1].shape[-2:])  # the grid of tokens
-
-    def ringed(image: Image.Image, x: float, y: float) -> Image.Image:
-        """A copy of an image with a ring round the place (x, y), each 0 ... 1."""
-        image, r = image.copy(), image.height // 24
-        x, y = x * image.width, y * image.height
-        ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), outline="red", width=r // 3 + 1)
-        return image
-
-    x, y = (place[0] + 0.5) / target.width, (place[1] + 0.5) / target.height
-    columns = []
-    for path, image, (features, fused) in zip(frames, images, encoded[:-1]):
-        reference = model.reference(features, F.avg_pool2d(fused, 2))
-        kept, *keys, _ = model.keep(queries, reference)
-        steps = {f"A{l} (target stride {2 ** (l + 1)})": product(queries[l - 2].q, keys[l - 2]) for l in (4, 3, 2)}
-        steps |= {f"SAR: G{l}(A{l})": getattr(sar, f"g{l}").of_product(queries[l - 2], keys[l - 2]) for l in (4, 3, 2)}
-        steps |= {"MAA: M2": sar(queries, keys), "B: what is read": model.attend(queries, reference)[0]}
-        # Each step as an image of the target's positions for each token, (m, h_l, w_l), and what the pixel has in them.
-        images_of = {name: step[0].unflatten(0, (kept.shape[1], -1)).mean(1).cpu() for name, step in steps.items()}
-        found = {name: of[:, int(y * of.shape[1]), int(x * of.shape[2])] for name, of in images_of.items()}
-        of_grid = {name: torch.full((h * w,), math.nan).scatter(0, kept[0].cpu(), values).view(h, w)
-                   for name, values in found.items()}
-        dropped = Image.fromarray(of_grid["MAA: M2"].isnan().numpy()).resize(image.size)
-        dimmed = Image.composite(image.point(lambda v: v // 4), image, dropped)
-        columns.append({"target and its pixel": ringed(target, x, y),
-                        f"reference {path.stem}: STM drops dark": dimmed,
-                        **{name: heat(values, image) for name, values in of_grid.items()}})
-    token = int(found["B: what is read"].argmax())
-    top, left = divmod(int(kept[0, token]), w)
-    columns.append({"target, as it looks to": target,
-                    "the token that is read most": ringed(image, (left + 0.5) / w, (top + 0.5) / h),
-                    **{name: heat(of[token], target) for name, of in images_of.items()}})
-    return tile(zip(*([panel(picture, title) for title, picture in column.items()] for column in columns)))
+def benchmark(args: argparse.Namespace):
+    """Print what SegFormer, MRCFA by clips and MRCFA streaming cost with random weights, as a
+    Markdown table. Times are medians of several rounds in which the methods take turns."""
+    num_classes = args.num_classes or 124
+    hardware = f"{torch.get_num_threads()} CPU threads"
+    if args.device.type == "cuda":
+        hardware = torch.cuda.get_device_name(args.device)
+    print(f"{args.size[0]}x{args.size[1]}, {num_classes} classes, {args.amp or 'float32'}"
+          f"{', compiled' if args.compile else ''}, {hardware}\n")
+    print("| | M params | GFLOPs | ms | FPS | / SegFormer | paper's | ms with mask | FPS with mask "
+          "| peak MB |")
+    print("|---|" + "---:|" * 9)
+    for variant in args.variants:
+        model = MRCFA(variant, num_classes).eval().to(args.device)
+        for row in benchmark_variant(variant, model, args):
+            print(row, flush=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- models
-
-def build_model(config: dict) -> nn.Module:
-    """The model that a checkpoint's `config` describes: its name, classes, and MRCFA's arguments."""
-    kind, variant = config["model"].split("_")
-    if kind == "segformer":
-        return SegFormer(variant, len(config["classes"]), config.get("embed_dim", EMBED_DIM))
-    return MRCFA(variant, len(config["classes"]), *(config[key] for key in MRCFA_ARGUMENTS))
-
-
-def load_weights(model: nn.Module, checkpoint: dict, path: Path):
-    """Load train.py's weights, a released MRCFA's, or those of a SegFormer or its encoder, told apart by their keys.
-
-    Classifiers of other classes keep their initialisation. Raises ValueError, with the path, if anything else is wrong.
-    """
-    try:
-        state = read_state_dict(checkpoint)
-        if "decode_head.sr1_feat.weight" in state:
-            state = rename_official(state)
-        if "value.weight" not in state:  # an MRCFA has that
-            return load_pretrained(model, state)
-        own = model.state_dict()
-        other = {k for k, value in state.items() if "classifier" in k and len(value) != len(own.get(k, value))}
-        if other:
-            print("classifiers are of other classes and begin anew", file=sys.stderr)
-        load_strictly(model, {key: value for key, value in state.items() if key not in other}, tuple(other))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def load_model(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """A checkpoint's model, ready to run as the command line says, and its config.
-
-    Raises ValueError where the file is none, or is of another model or class count than the command line says.
-    """
-    checkpoint = read_checkpoint(path)
-    config = checkpoint.get("config")
-    if config is not None and not (isinstance(config, dict)
-                                   and config.keys() >= {"model", "classes", "frame_size", *MRCFA_ARGUMENTS}):
-        raise ValueError(f"{path}: its 'config' is not one of train.py's")
-    if config is None and not (args.model and args.num_classes):
-        raise ValueError(f"{path}: is not train.py's; for a released checkpoint give --model and --num-classes")
-    if config is None:
-        state = read_state_dict(checkpoint)
-        renamed, value = rename(state), state.get("decode_head.sr1_feat.weight")
-        stride = REFERENCE_STRIDE if value is None else 8 * value.shape[-1]
-        config = {"model": ("segformer" if value is None else "mrcfa") + args.model[-3:],
-                  "classes": [f"class {i}" for i in range(len(renamed.get("classifier.1.bias", ())))],
-                  "frame_size": FRAME_SIZE if stride == REFERENCE_STRIDE else CITYSCAPES_FRAME_SIZE,
-                  "embed_dim": len(renamed.get("head.fuse.weight", ())) or EMBED_DIM,
-                  **dict(zip(MRCFA_ARGUMENTS, (stride, None, True, True, OFFSETS)))}
-    if args.model not in (None, config["model"]) or args.num_classes not in (None, len(config["classes"])):
-        raise ValueError(f"{path}: is a {config['model']} of {len(config['classes'])} classes, but --model or "
-                         "--num-classes says something else")
-    if len(config["classes"]) > WRONG:
-        raise ValueError(f"{path}: has {len(config['classes'])} classes; masks, of 8 bits, can hold {WRONG}")
-    model = build_model(config)
-    load_weights(model, checkpoint, path)
-    if isinstance(model, MRCFA):
-        model.offsets = tuple(args.dilation or model.offsets)
+def benchmark_variant(variant: str, model: MRCFA, args: argparse.Namespace) -> list[str]:
+    """The benchmark's three rows of one variant."""
+    device, size = args.device, tuple(args.size)
+    clip = torch.randn(1, len(model.offsets) + 1, 3, *size, device=device)
+    frame = clip[0, -1]
+    stream = model.stream()
+    for _ in range(max(model.offsets) + 1):                 # fill the history
+        stream(frame)
+    works = {"SegFormer": lambda: model.segformer(clip[:, -1])[0],
+             "MRCFA by clips": lambda: model(clip)[0],
+             "MRCFA streaming": lambda: stream(frame)}
+    gflops = {name: count_gflops(work) for name, work in works.items()}
     if args.compile:
         compile_parts(model)
-    return model.eval().to(args.device), {**config, "frame_size": args.frame_size or config["frame_size"]}
+        compile_parts(model.segformer)
+    network = {name: [] for name in works}
+    decoding = {name: [] for name in works}
+    memory = {}
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            with torch.autocast(device.type, AMP.get(args.amp), enabled=args.amp is not None):
+                work()                                      # warms up
+                peak_memory(device, reset=True)
+                network[name].append(seconds(work, device))
+                memory[name] = peak_memory(device)
+                logits = work().float()
+            decode = partial(decode_mask, logits, size, FRAME_SIZE[::-1])
+            decode()
+            decoding[name].append(seconds(decode, device))
+
+    rows = []
+    for name in works:
+        time_a_frame = float(np.median(network[name]))
+        with_mask = time_a_frame + float(np.median(decoding[name]))
+        ratio = time_a_frame / float(np.median(network["SegFormer"]))
+        paper = ""
+        if name == "MRCFA streaming" and variant in PAPER_FPS:
+            paper = f"{PAPER_FPS[variant][0] / PAPER_FPS[variant][1]:.2f}"
+        parts = model.segformer if name == "SegFormer" else model
+        params = sum(p.numel() for p in parts.parameters())
+        if parts is model:                                  # inference leaves these out
+            params -= sum(p.numel() for p in model.auxiliary_classifiers.parameters())
+        rows.append(f"| {variant} {name} | {params / 1e6:.2f} | {gflops[name]:.1f} | "
+                    f"{1e3 * time_a_frame:.0f} | {1 / time_a_frame:.2f} | {ratio:.2f} | {paper} | "
+                    f"{1e3 * with_mask:.0f} | {1 / with_mask:.2f} | {memory[name]:.0f} |")
+    return rows
 
 
-def compile_parts(model: nn.Module):
-    """torch.compile whatever runs once a frame."""
-    for name in ("encode", "reference", "segment") if isinstance(model, MRCFA) else ("forward",):
-        setattr(model, name, torch.compile(getattr(model, name)))
+def count_gflops(work: Callable[[], object]) -> float:
+    """Floating-point operations of some work, in 1e9; a multiply-add is two."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # plain products
+        work()
+    return counter.get_total_flops() / 1e9
 
 
-# ------------------------------------------------------------------------------------------------------------ benchmark
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long some work takes."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
 
 def peak_memory(device: torch.device, reset: bool = False) -> float:
-    """The most memory in use since the last reset, in MB: the GPU's tensors, or on Linux the process; else NaN."""
+    """The most memory in use since the last reset, in MB: the GPU's tensors, or on Linux the process;
+    else NaN."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
@@ -393,206 +1017,11 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
-        return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1e3
+        status = Path("/proc/self/status").read_text()
     except OSError:
         return math.nan
-
-
-@torch.no_grad()
-def benchmark(args: argparse.Namespace):
-    """Print what SegFormer, MRCFA by clips and MRCFA streaming cost with random weights, as a Markdown table.
-
-    Times are medians of several rounds in which the methods take turns.
-    """
-    device, size, num_classes = args.device, tuple(args.size), args.num_classes or 124
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{size[0]}x{size[1]}, {num_classes} classes, {args.amp or 'float32'}{', compiled' * args.compile}, "
-          f"{hardware}\n")
-    print("| | M params | GFLOPs | ms | FPS | / SegFormer | paper's | ms with mask | FPS with mask | peak MB |")
-    print("|---|" + "---:|" * 9)
-
-    def seconds(work: Callable[[], object]) -> float:
-        """How long some work takes, once it has been done twice to warm up."""
-        return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(1).mean
-
-    for variant in args.variants:
-        model = MRCFA(variant, num_classes).eval().to(device)
-        clip, stream = torch.randn(1, len(model.offsets) + 1, 3, *size, device=device), model.stream()
-        for _ in range(max(model.offsets) + 1):  # fill the history
-            stream(clip[0, -1])
-        methods = {"SegFormer": lambda: model.segformer(clip[:, -1])[0], "MRCFA by clips": lambda: model(clip)[0],
-                   "MRCFA streaming": lambda: stream(clip[0, -1])}
-        times: dict[str, list] = {name: [] for name in methods}
-        gflops, memory = {}, {}
-        for name, method in methods.items():
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts plain products
-                method()
-            gflops[name] = counter.get_total_flops() / 1e9
-        for part in (model, model.segformer) if args.compile else ():
-            compile_parts(part)
-        for name, method in ROUNDS * list(methods.items()):
-            peak_memory(device, reset=True)
-            with autocast(device, args.amp):
-                network, memory[name], logits = seconds(method), peak_memory(device), method().float()
-            times[name].append((network, network + seconds(lambda: decode_mask(logits, size, FRAME_SIZE[::-1]))))
-        for name in methods:
-            network, with_mask = np.median(times[name], axis=0)
-            count = sum(p.numel() for part, p in model.named_parameters() if not part.startswith("auxiliary")
-                        and (name != "SegFormer" or part.startswith("segformer"))) / 1e6
-            paper = f"{PAPER_RATIO[variant]:.2f}" if name == "MRCFA streaming" and variant in PAPER_RATIO else ""
-            print(f"| {variant} {name} | {count:.2f} | {gflops[name]:.1f} | {1e3 * network:.0f} | {1 / network:.2f} | "
-                  f"{network / np.median(times['SegFormer'], axis=0)[0]:.2f} | {paper} | {1e3 * with_mask:.0f} | "
-                  f"{1 / with_mask:.2f} | {memory[name]:.0f} |", flush=True)
-
-
-# --------------------------------------------------------------------------------------------------------- command line
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with what both scripts take, whose errors are one line on stderr, with exit code 2."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        self.add_argument("--device", choices=DEVICES, default=DEVICES[0], help="where the network runs")
-        self.add_argument("--amp", choices=AMP, help="mixed precision; in training fp16 scales its gradients")
-        self.add_argument("--compile", action="store_true", help="torch.compile the network: pays after some minutes")
-
-    def error(self, message: str):
-        """End the script with the message."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def positive(text: str) -> int:
-    """The type of an argument that is a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)
-
-
-def command_line(main: Callable[[], None]):
-    """Run a script's main; what is wrong with arguments, files or data is one line and exit code 2.
-
-    Python's own development mode, `python -X dev train.py`, shows where the line comes from.
-    """
-    try:
-        main()
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        if sys.flags.dev_mode:
-            raise
-        message = str(error).rsplit("Error: ", 1)[-1].strip() or "interrupted"  # a loader's has its worker's traceback
-        if isinstance(error, OSError) and error.filename:
-            message = f"{error.filename}: {error.strerror}"
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
-
-
-def refuse_to_overwrite(path: Path, instead: str = "give another name"):
-    """ValueError where a file, or a folder with something in it, is already there; a half-written file is nothing."""
-    if path.is_file() or path.is_dir() and any(inside.suffix != ".tmp" for inside in path.iterdir()):
-        raise ValueError(f"{path}: exists already, and nothing is overwritten; {instead}")
-
-
-def parse_args() -> argparse.Namespace:
-    """The command line of an evaluation."""
-    parser = ArgumentParser("Evaluate checkpoints or saved masks, segment a folder of frames, or measure the speed.")
-    what = parser.add_mutually_exclusive_group(required=True).add_argument
-    what("--checkpoint", type=Path, nargs="+", metavar="FILE", help="train.py's or a released one; or several")
-    what("--predictions", type=Path, nargs="+", metavar="DIR",
-         help="score the masks DIR/<video>/<frame>.png, pixel = class from 0; or several folders")
-    what("--benchmark", action="store_true", help="measure parameters, operations, time and memory of --variants")
-    files = parser.add_argument_group("files").add_argument
-    files("--data", type=Path, help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
-    files("--split", default="val", help="which videos: those that DIR/SPLIT.txt names")
-    files("--frames", type=Path, help="instead of --data a folder of frames without labels, for --save and --overlay")
-    files("--save", type=Path, help="new folder for the predicted masks, palette PNGs")
-    files("--overlay", type=Path, help="new folder for the masks over their frames, with a legend")
-    files("--pictures", type=Path, help=f"new folder for pictures of the first {PICTURED} videos, moving and as sheets")
-    files("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
-          help="draw what one pixel of a frame of --data, counted from 0, finds in its references, into --pictures")
-    files("--json", type=Path, help="new file for the metrics")
-    files("--per-class", action="store_true", help="print each class's IoU, too")
-    model = parser.add_argument_group("model").add_argument
-    model("--model", choices=MODELS, metavar="NAME", help="what a released checkpoint is: mrcfa_b0 ... segformer_b5")
-    model("--num-classes", type=positive, help="of a released checkpoint; of the benchmark, there 124 by default")
-    model("--dilation", type=positive, nargs="+", metavar="N", help="frames back to references, if not as in training")
-    model("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"), help="of frames, if not as in training")
-    model("--variants", nargs="+", choices=MIT_VARIANTS, default=list(PAPER_RATIO), metavar="NAME", help="to benchmark")
-    model("--size", type=positive, nargs=2, default=(480, 864), metavar=("H", "W"), help="of the benchmark's frames")
-    args = parser.parse_args()
-    args.device = torch.device(args.device)
-    if not args.benchmark and not args.data and not (args.checkpoint and args.frames):
-        parser.error("--data DIR is missing, or --frames DIR to segment with --checkpoint FILE")
-    if args.frames and (args.json or args.pictures or not (args.save or args.overlay)):
-        parser.error("--frames have no labels: they need --save DIR for the masks or --overlay DIR, and nothing else")
-    if args.explain and (not (args.checkpoint and args.pictures and args.data) or args.checkpoint[1:]
-                         or args.save or args.overlay or args.json):
-        parser.error("--explain needs one --checkpoint FILE, --data DIR and --pictures DIR, and nothing else")
-    return args
-
-
-def explain_pixel(args: argparse.Namespace):
-    """Draw what --explain asks for."""
-    model, config = load_model(args.checkpoint[0], args)
-    if not isinstance(model, MRCFA):
-        raise ValueError(f"--explain: {args.checkpoint[0]} is a {config['model']}, which has no references")
-    video, *place = args.explain
-    t, x, y = (int(number) if number.isdecimal() else -1 for number in place)
-    frames = list_frames(args.data / "data" / video / "origin")
-    width, height = read_image(frames[0]).size
-    if not (len(model.offsets) <= t < len(frames) and 0 <= x < width and 0 <= y < height):
-        raise ValueError(f"--explain {' '.join(args.explain)}: give a frame from {len(model.offsets)} to "
-                         f"{len(frames) - 1}, and a place in its {width}x{height} pixels")
-    path = args.pictures / f"{video}_{t}_{x}_{y}.png"
-    refuse_to_overwrite(path)
-    chosen = [frames[i] for i in (*reference_indices(t, model.offsets), t)]
-    write_image(explain(model, chosen, config["frame_size"], (x, y)), path)
-    print(f"{path} shows what frame {t} finds at ({x}, {y})")
-
-
-def main():
-    """Do what the command line says."""
-    args = parse_args()
-    for path in (args.save, args.json, args.overlay, args.pictures):
-        if path and not args.explain:
-            refuse_to_overwrite(path)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.touch()  # fails now, if at all, instead of after the evaluation
-        args.json.unlink()
-    if args.benchmark or args.explain:
-        return benchmark(args) if args.benchmark else explain_pixel(args)
-    methods: dict[str, Callable[[Video], Iterable]] = {}
-    offsets: set[tuple[int, ...]] = set()  # of the references of all models
-    classes = own = read_classes(args.data) if args.data else []
-    for path in args.checkpoint or args.predictions:
-        name, predict = path.name or "masks", partial(saved_masks, folder=path, num_classes=len(own))
-        if args.checkpoint:
-            model, config = load_model(path, args)
-            name, classes = config["model"], config["classes"]
-            if isinstance(model, MRCFA):
-                offsets.add(model.offsets)
-            predict = partial(segment_video, model=model, frame_size=config["frame_size"], amp=args.amp)
-        if args.data and len(own) != len(classes):
-            raise ValueError(f"{path}: has {len(classes)} classes, but {args.data} {len(own)}")
-        names = [name, *(f"{name}_{i}" for i in range(2, len(methods) + 2))]  # one of them is free
-        methods[next(free for free in names if free not in methods)] = predict
-    if args.frames:
-        frames = list_frames(args.frames)
-        evaluate(methods, [Video("", frames, [None] * len(frames))], classes, args.save, args.overlay)
-        return print(f"the frames are in {' and '.join(str(path) for path in (args.save, args.overlay) if path)}")
-    if len(offsets) > 1 and (args.data / "gtFine").is_dir():
-        raise ValueError(f"{args.data}: clips of Cityscapes are made for one model's references, but these lie "
-                         f"{sorted(offsets)} frames back; evaluate one checkpoint at a time, or give one --dilation")
-    videos = read_split(args.data, args.split, max(offsets, default=()))
-    results = evaluate(methods, videos, own, args.save, args.overlay, args.pictures)
-    metrics = {name: result.compute() for name, result in results.items()}
-    print(table(metrics))
-    if args.per_class:
-        ious = {name: result.class_iou().tolist() for name, result in results.items()}
-        print(table({k: {name: ious[name][i] for name in ious} for i, k in enumerate(own)}))
-    if args.json:
-        values = metrics if len(metrics) > 1 else next(iter(metrics.values()))
-        args.json.write_text(json.dumps(values, indent=2).replace("NaN", "null") + "\n")
+    return int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 1e3
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_script(main)

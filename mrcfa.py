@@ -1,51 +1,62 @@
 """MRCFA: Mining Relations among Cross-Frame Affinities for Video Semantic Segmentation.
 
-Sun, Liu, Tang, Chhatkuli, Zhang, Van Gool, ECCV 2022, arXiv 2207.10436. A target frame asks (queries Q) and T-1 earlier
-reference frames answer (keys K, values V), each by itself:
+Sun, Liu, Tang, Chhatkuli, Zhang, Van Gool, ECCV 2022, arXiv 2207.10436. A target frame asks with
+queries Q. T-1 earlier reference frames answer with keys K and values V, each by itself:
 
-    cross-frame affinities                 A^l = Q^l (K^l)^T at l = 2, 3, 4 (strides 8, 16, 32): for each token of the
-                                           reference an image, its affinities to all positions of the *target*
-    STM, selective token masking           drops the tokens that matter least by A^4, at every scale the same ones,
-                                           because MAA adds up the images of *one* token
-    SAR, single-scale affinity refinement  2-D convolutions over each token's image, one stack G^l for all tokens
-    MAA, multi-scale affinity aggregation  M^3 = G^43(up(G^4(A^4)) + G^3(A^3)), M^2 = G^32(up(M^3) + G^2(A^2))
-    reconstruction                         O = mean_i B_i V_i + the target's F_hat; B_i = softmax(M^2) over i's tokens
+    cross-frame affinities   A^l = Q^l (K^l)^T at the scales l = 2, 3, 4 (strides 8, 16, 32): for each
+                             token of the reference an image, its affinities to all positions of
+                             the *target*
+    STM, selective           keeps a reference's most important tokens, ranked by A^4: the same
+     token masking           tokens at every scale, because MAA adds up the images of *one* token
+    SAR, single-scale        2-D convolutions G^l refine each token's image by itself
+     affinity refinement
+    MAA, multi-scale         M^3 = G^43(up(G^4(A^4)) + G^3(A^3))
+     affinity aggregation    M^2 = G^32(up(M^3) + G^2(A^2))
+    reconstruction           B_i = softmax(M^2) over the tokens of reference i; O_i = B_i V_i
+                             O = mean of the O_i + F_hat of the target; a classifier reads O
 
-The encoder's F_1 ... F_4 have C_l channels and n_l = h_l w_l positions. SegFormer's fused F is at stride 4 (`fused`),
-F_hat is its 2x2 mean, at stride 8 (`own`); V is made of a reference's F_hat. A reference has N tokens, on one grid of
-stride r at every scale, of which m are kept. `up` is the paper's Gamma. In shapes: B clips, T frames a clip, K classes.
+F is SegFormer's fused feature map at stride 4, and F_hat the same at stride 8. V comes from the
+reference's F_hat. `up` is the paper's Gamma, bilinear upsampling.
+
+Shapes: B clips, T frames a clip, K classes. The encoder's F_l has C_l channels and n_l = h_l w_l
+positions. A reference has N tokens on one grid of stride r; STM keeps m of them.
 """
 import re
+import sys
 from collections import deque
-from typing import Any, NamedTuple, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segformer import EMBED_DIM, SegFormer, classifier, load_strictly, read_state_dict, rename, segmentation_loss
+from segformer import (EMBED_DIM, InputError, SegFormer, classifier, load_pretrained, load_strictly,
+                       read_checkpoint, read_state_dict, rename, segmentation_loss, some_keys)
 
-OFFSETS = (9, 6, 3)            # how far back the references lie, in frames, oldest first
-REFERENCE_STRIDE = 32          # 32 for VSPW, 16 for Cityscapes
-IMPORTANCE_TOP = 5             # affinities that make up a token's importance
-KEEP_RATIO = {"b0": 0.8}       # p, the share of reference tokens that STM keeps; 0.5 for every other variant
-FRAME_LOSS_WEIGHT = 0.5        # of the per-frame logits beside the clip's
+OFFSETS = (9, 6, 3)             # how far back the references lie, in frames, oldest first
+REFERENCE_STRIDE = 32           # r: 32 for VSPW, 16 for Cityscapes
+IMPORTANCE_TOP = 5              # affinities that make up a token's importance
+KEEP_RATIO = 0.5                # p, the share of reference tokens that STM keeps,
+KEEP_RATIO_B0 = 0.8             # and p of b0
+FRAME_LOSS_WEIGHT = 0.5         # of the per-frame logits' loss beside the clip's
 
 
 def reference_indices(t: int, offsets: Sequence[int] = OFFSETS) -> list[int]:
-    """Frames that target `t` of a video refers to, oldest first; none for t < T-1.
+    """The frames that target `t` of a video refers to, oldest first. None for t < T-1.
 
-    Up to the largest offset the references are spread evenly over what there is, from frame 0 on.
+    Up to the largest offset they are spread evenly over the frames before t, from frame 0 on.
     """
-    if t < len(offsets):
+    count = len(offsets)
+    if t < count:
         return []
     if t <= max(offsets):
-        return [-(-t * k // len(offsets)) for k in range(len(offsets))]                          # ceil(t k / (T-1))
+        return [-(-t * k // count) for k in range(count)]       # ceil(t k / (T-1))
     return [t - offset for offset in offsets]
 
 
 def as_sequence(x: Tensor) -> Tensor:
-    """A feature map as a sequence: (B, C, h, w) -> (B, h w, C)."""
+    """An image as a sequence of positions: (B, C, h, w) -> (B, h w, C)."""
     return x.flatten(2).transpose(1, 2)
 
 
@@ -54,296 +65,457 @@ def as_image(x: Tensor, size: Sequence[int]) -> Tensor:
     return x.unflatten(1, tuple(size)).permute(0, 3, 1, 2)
 
 
-def full_precision(*xs: Tensor) -> list[Tensor]:
-    """In float32 (or float64): affinities are sums without 1/sqrt(d), more than float16 can hold."""
-    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in xs]
-
-
-def product(x: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Matrix product of maps (B, C, h, w) and rows (B, m, C): (B, m, h, w). Q K^T, and B V with V^T for the rows.
-
-    As a 1x1 convolution with the rows for a kernel: faster on CPUs than matmul, and the outcome is images already.
-    """
-    images = [F.conv2d(image, kernel[..., None, None], bias) for image, kernel in zip(x.split(1), rows)]
-    return torch.cat(images) if len(images) > 1 else images[0]
-
-
-class Reference(NamedTuple):
-    """All that reference frames contribute, computed from those frames alone."""
-    key2: Tensor   # K^2 (B, N, C_2)
-    key3: Tensor   # K^3 (B, N, C_3)
-    key4: Tensor   # K^4 (B, n_4, C_4), on the grid of stride 32: for r = 16, `keep` resizes it
-    value: Tensor  # V   (B, N, 256)
-
-
-class Query(NamedTuple):
-    """What target frames ask at one scale l: as it is, and prepared for SAR once for all references."""
-    q: Tensor           # Q^l (B, C_l, h_l, w_l)
-    convolved: Tensor   # Q^l after G^l's first convolution, centred
-    covariance: Tensor  # of that, between channels (B, C_l, C_l)
-
-
 def up(coarse: Tensor, fine: Tensor) -> Tensor:
-    """MAA's upsampling to the grid of a finer scale: unlike all other resizing with `align_corners=True`."""
+    """MAA's upsampling (the paper's Gamma) to the size of `fine`.
+
+    It is the only resizing with `align_corners=True`.
+    """
     return F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=True)
 
 
-class AffinityRefinement(nn.Module):
-    """A stack G of (convolution, GroupNorm(1), ReLU) that refines each reference token's image of affinities by itself.
+def take_tokens(x: Tensor, kept: Tensor) -> Tensor:
+    """The rows `kept` (B, m) of the tokens x (B, N, C): (B, m, C)."""
+    return x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
 
-    `layers` lists (channels in, channels out, kernel). Affinities of m tokens go in as (B, m c_in, h, w), the c
-    channels of a token side by side, and come out as (B, m c_out, h, w). Without layers nothing is refined.
+
+def float32(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def full_precision(device: torch.device):
+    """Compute in float32 inside, whatever autocast and, on GPUs, the TF32 flags say.
+
+    Affinities are sums without 1/sqrt(d): too large for float16, and too long for TF32's 10 bits.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda" or torch.compiler.is_compiling():  # which can't trace the flags
+            yield
+            return
+        matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+        before = matmul.fp32_precision, convolution.fp32_precision
+        matmul.fp32_precision = convolution.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision, convolution.fp32_precision = before
+
+
+# --------------------------------------------------------------------------------- SAR and MAA
+
+class AffinityRefinement(nn.Module):
+    """SAR's stack G of (convolution, GroupNorm, ReLU): refines each token's image by itself.
+
+    `layers` lists (channels in, channels out, kernel). The images of m tokens go in as
+    (B, m c_in, h, w), the c channels of a token side by side, and come out as (B, m c_out, h, w).
+    Without layers nothing is refined.
     """
 
     def __init__(self, *layers: tuple[int, int, int]):
         super().__init__()
-        self.convs: Any = nn.ModuleList(nn.Conv2d(c_in, c_out, k, padding=k // 2) for c_in, c_out, k in layers)
-        self.norms: Any = nn.ModuleList(nn.GroupNorm(1, c_out) for _, c_out, _ in layers)
+        self.convs = nn.ModuleList()
+        self.norms = nn.ModuleList()
+        for c_in, c_out, kernel in layers:
+            self.convs.append(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2))
+            self.norms.append(nn.GroupNorm(1, c_out))
 
-    def convolve(self, i: int, x: Tensor, m: int) -> Tensor:
-        """Layer i's convolution of m images, as one with a group for each image (fast in channels-last format)."""
-        conv, c = self.convs[i], self.convs[i].in_channels
-        weight, bias = conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m)
-        if c > conv.out_channels:  # 2 -> 1: on CPUs it is faster to convolve every channel by itself, and then sum
-            x = F.conv2d(x, weight.flatten(0, 1)[:, None], padding=conv.padding, groups=m * c)
-            return x[:, ::2] + x[:, 1::2] + conv.bias
-        return F.conv2d(x, weight, bias, padding=conv.padding, groups=m)
-
-    def forward(self, x: Tensor, first: int = 0) -> Tensor:
-        for i in range(first, len(self.convs)):
-            m, norm = x.shape[1] // self.convs[i].in_channels, self.norms[i]
-            x = F.relu_(F.group_norm(self.convolve(i, x, m), m, norm.weight.repeat(m), norm.bias.repeat(m), norm.eps))
-        return x
-
-    def prepare(self, q: Tensor) -> Query:
-        """Queries Q (B, C, h, w), ready for `of_product`."""
-        x = self.convolve(0, q, q.shape[1]) if self.convs else q                                 # of its C images
-        x = x - x.mean((2, 3), keepdim=True)
-        return Query(q, x, as_sequence(x).mT @ as_sequence(x) / x[0, 0].numel())
-
-    def of_product(self, query: Query, keys: Tensor) -> Tensor:
-        """self(Q K^T) for keys K (B, m, C): (B, m c_out, h, w); where there are layers, without forming Q K^T.
-
-        The first convolution acts on positions and K on channels, so conv(Q K^T) = conv(Q) K^T: C images instead of m.
-        GroupNorm normalises each token's image by itself: centring conv(Q) takes the mean away, and the bias with it;
-        key k's image has the variance k^T cov(conv(Q)) k. What is left of GroupNorm is a scale for each key.
-        """
-        if not self.convs:
-            return product(query.q, keys)
-        variance, norm = (keys @ query.covariance * keys).sum(-1, keepdim=True), self.norms[0]   # (B, m, 1)
-        keys = keys * (variance + norm.eps).rsqrt() * norm.weight
-        return self(F.relu_(product(query.convolved, keys, norm.bias.expand(keys.shape[1]))), first=1)
+    def forward(self, images: Tensor) -> Tensor:
+        # All tokens share the weights. As one convolution with a group for each token, in the
+        # channels-last format that Q K^T comes in, it is far faster than token by token.
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            m = images.shape[1] // conv.in_channels
+            images = F.conv2d(images, conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m),
+                              padding=conv.padding, groups=m)
+            images = F.group_norm(images, m, norm.weight.repeat(m), norm.bias.repeat(m), norm.eps)
+            images = F.relu(images, inplace=True)
+        return images
 
 
 class AffinityAggregation(nn.Module):
-    """SAR and MAA of one reference's affinities A^l = Q^l (K^l)^T -> M^2 (B, m, h_2, w_2).
+    """SAR and MAA of one reference: A^2, A^3, A^4 -> M^2, each with an image (h_l, w_l) a token.
 
-    Without `refine` (no SAR) the A^l are merged as they are; without `aggregate` (no MAA) M^2 = G^32(G^2(A^2)).
+    Without `refine` (no SAR) the affinities are merged as they are. Without `aggregate` (no MAA)
+    M^2 = G^32(G^2(A^2)).
     """
 
     def __init__(self, variant: str, refine: bool = True, aggregate: bool = True):
         super().__init__()
-        G, self.aggregate = AffinityRefinement, aggregate
-        if variant == "b1" and refine:  # two channels a token between the first and the last layer
-            self.g4, self.g3, self.g2 = (G((1, 1, kernel), (1, 2, 3)) for kernel in (3, 3, 5))
-            self.g43, self.g32 = G((2, 2, 3), (2, 2, 3)), G((2, 2, 3), (2, 1, 3))
+        self.aggregate = aggregate
+        stack = AffinityRefinement
+        if variant == "b1" and refine:      # two channels a token between first and last layer
+            self.g4 = stack((1, 1, 3), (1, 2, 3))
+            self.g3 = stack((1, 1, 3), (1, 2, 3))
+            self.g2 = stack((1, 1, 5), (1, 2, 3))
+            self.g43 = stack((2, 2, 3), (2, 2, 3))
+            self.g32 = stack((2, 2, 3), (2, 1, 3))
         else:
-            self.g4, self.g3, self.g2 = (G((1, 1, kernel)) if refine else G() for kernel in (3, 5, 5))
-            self.g43, self.g32 = G((1, 1, 3)), G((1, 1, 3))
+            self.g4 = stack((1, 1, 3)) if refine else stack()
+            self.g3 = stack((1, 1, 5)) if refine else stack()
+            self.g2 = stack((1, 1, 5)) if refine else stack()
+            self.g43 = stack((1, 1, 3))
+            self.g32 = stack((1, 1, 3))
         if not aggregate:
-            self.g4 = self.g3 = self.g43 = G()
+            self.g4 = self.g3 = self.g43 = stack()
 
-    def forward(self, queries: Sequence[Query], keys: Sequence[Tensor]) -> Tensor:               # of l = 2, 3, 4
-        (q2, q3, q4), (k2, k3, k4) = queries, keys
-        m2 = self.g2.of_product(q2, k2)                                                          # (B, m c, h_2, w_2)
-        if self.aggregate:
-            m4, m3 = self.g4.of_product(q4, k4), self.g3.of_product(q3, k3)                      # c = 2 for b1, else 1
-            m3 = self.g43(up(m4, m3).add_(m3))                                                   # (B, m c, h_3, w_3)
-            m2 = up(m3, m2).add_(m2)
-        return self.g32(m2)
+    def forward(self, A2: Tensor, A3: Tensor, A4: Tensor) -> Tensor:    # (B, m, h_l, w_l)
+        refined2 = self.g2(A2)                                          # (B, m c, h_2, w_2)
+        if not self.aggregate:
+            return self.g32(refined2)
+        refined3 = self.g3(A3)                                          # (B, m c, h_3, w_3)
+        refined4 = self.g4(A4)                                          # (B, m c, h_4, w_4)
+        M3 = self.g43(up(refined4, refined3).add_(refined3))            # (B, m c, h_3, w_3)
+        return self.g32(up(M3, refined2).add_(refined2))                # (B, m, h_2, w_2)
+
+
+# --------------------------------------------------------------------------------- the model
+
+class Reference(NamedTuple):
+    """Keys and values of reference frames, computed from those frames alone."""
+    key2: Tensor    # K^2 (B, N, C_2)
+    key3: Tensor    # K^3 (B, N, C_3)
+    key4: Tensor    # K^4 (B, n_4, C_4), on the grid of stride 32
+    value: Tensor   # V   (B, N, 256)
 
 
 class MRCFA(nn.Module):
     """SegFormer with cross-frame affinities.
 
-    In evaluation: clip (B, T, 3, H, W), oldest frame first and target last -> the target's logits (B, K, H/4, W/4);
-    a clip shorter than T gets the last frame's SegFormer logits. In training: -> (frame_logits, clip_logits), both
-    (B, T, K, H/4, W/4): SegFormer's for each frame; the target's from each O_i = B_i V_i alone and, last, from O.
+    In evaluation: a clip (B, T, 3, H, W), oldest frame first and target last -> the target's logits
+    (B, K, H/4, W/4). A clip shorter than T gets the last frame's SegFormer logits.
+    In training: -> (frame_logits, clip_logits), both (B, T, K, H/4, W/4): SegFormer's logits of
+    every frame; the target's from each O_i and, last, from O.
 
-    `offsets` say how far back the T-1 references of a video lie; `keep_ratio=None` is the paper's p for the variant, 1
-    keeps all tokens (no STM); `refine=False` and `aggregate=False` leave out SAR and MAA.
-    Raises ValueError for sides that are no multiples of 32, and for a T that is too long or, in training, too short.
+    `reference_stride` is r. `offsets` say how far back the T-1 references of a video lie.
+    `keep_ratio=None` is the paper's p for the variant; 1 keeps all tokens (no STM). `refine=False`
+    leaves out SAR, `aggregate=False` MAA.
+
+    Raises ValueError for sides that are no multiples of 32, and for a T that is too long or, in
+    training, too short.
     """
 
-    def __init__(self, variant: str = "b1", num_classes: int = 124, reference_stride: int = REFERENCE_STRIDE,
-                 keep_ratio: float | None = None, refine: bool = True, aggregate: bool = True,
-                 offsets: Sequence[int] = OFFSETS):
+    def __init__(self, variant: str = "b1", num_classes: int = 124,
+                 reference_stride: int = REFERENCE_STRIDE, keep_ratio: float | None = None,
+                 refine: bool = True, aggregate: bool = True, offsets: Sequence[int] = OFFSETS):
         super().__init__()
-        self.keep_ratio = KEEP_RATIO.get(variant, 0.5) if keep_ratio is None else keep_ratio
-        self.reference_stride, self.offsets = reference_stride, tuple(offsets)
+        if keep_ratio is None:
+            keep_ratio = KEEP_RATIO_B0 if variant == "b0" else KEEP_RATIO
         if reference_stride not in (16, 32):
-            raise ValueError(f"reference_stride must be 16 or 32, not {reference_stride}")
+            raise InputError(f"reference_stride must be 16 or 32, not {reference_stride}")
         if not offsets or min(offsets) < 1:
-            raise ValueError(f"offsets must be one or more positive numbers of frames, not {self.offsets}")
-        if not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"keep_ratio must lie in (0, 1], not {keep_ratio}")
+            raise InputError("offsets must be one or more positive numbers of frames, not "
+                             f"{tuple(offsets)}")
+        if not 0 < keep_ratio <= 1:
+            raise InputError(f"keep_ratio must lie in (0, 1], not {keep_ratio}")
+        self.reference_stride = reference_stride
+        self.keep_ratio = keep_ratio
+        self.offsets = tuple(offsets)
+
         self.segformer = SegFormer(variant, num_classes)
         _, c2, c3, c4 = self.segformer.encoder.channels
-        self.query2, self.query3, self.query4 = (nn.Linear(c, c) for c in (c2, c3, c4))
-        self.key2, self.key3, self.key4 = (nn.Linear(c, c) for c in (c2, c3, c4))
-        self.reduce2 = nn.Conv2d(c2, c2, reference_stride // 8, reference_stride // 8)
-        self.reduce3 = nn.Conv2d(c3, c3, reference_stride // 16, reference_stride // 16)
-        self.value = nn.Conv2d(EMBED_DIM, EMBED_DIM, reference_stride // 8, reference_stride // 8)
+        s2, s3 = reference_stride // 8, reference_stride // 16
+        self.query2, self.query3, self.query4 = nn.Linear(c2, c2), nn.Linear(c3, c3), nn.Linear(c4, c4)
+        self.key2, self.key3, self.key4 = nn.Linear(c2, c2), nn.Linear(c3, c3), nn.Linear(c4, c4)
+        self.reduce2 = nn.Conv2d(c2, c2, s2, stride=s2)
+        self.reduce3 = nn.Conv2d(c3, c3, s3, stride=s3)
+        self.value = nn.Conv2d(EMBED_DIM, EMBED_DIM, s2, stride=s2)
         self.aggregation = AffinityAggregation(variant, refine, aggregate)
-        if not aggregate:  # stage 3 has no use then, and stage 4 only in STM, which has no gradient
-            nn.ModuleList([self.query3, self.key3, self.reduce3, self.query4, self.key4]).requires_grad_(False)
-        self.auxiliary_classifiers = nn.ModuleList(classifier(EMBED_DIM, num_classes) for _ in offsets)
+        if not aggregate:       # then stage 3 has no use, and stage 4 only in STM, without gradient
+            for unused in (self.query3, self.key3, self.reduce3, self.query4, self.key4):
+                unused.requires_grad_(False)
+        self.auxiliary_classifiers = nn.ModuleList()
+        for _ in offsets:
+            self.auxiliary_classifiers.append(classifier(EMBED_DIM, num_classes))
         self.classifier = classifier(EMBED_DIM, num_classes)
-        self.upsample = nn.Upsample(scale_factor=2, mode="bilinear")                             # stride 8 -> 4
-        self.resize = nn.Upsample(scale_factor=32 // reference_stride, mode="bilinear")          # stride 32 -> r
 
     def forward(self, clip: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if clip.ndim != 5:
-            raise ValueError(f"expected clips (B, T, 3, H, W), got the shape {tuple(clip.shape)}")
+            raise InputError(f"expected clips (B, T, 3, H, W), got the shape {tuple(clip.shape)}")
         batch, frames = clip.shape[:2]
-        if frames < len(self.offsets) + 1 and not self.training:
+        T = len(self.offsets) + 1
+        if frames < T and not self.training:
             return self.segformer(clip[:, -1])
-        if frames != len(self.offsets) + 1:
-            raise ValueError(f"clip has {frames} frames; this model takes {len(self.offsets) + 1} (target last)")
-        # Time first: then the references and the target are plain slices of the encoded batch.
-        features, fused = self.encode(clip.transpose(0, 1).flatten(0, 1))                        # (T B, C_l, h_l, w_l)
-        split = [x.split([(frames - 1) * batch, batch]) for x in (*features, F.avg_pool2d(fused, 2))]
-        (*past_features, past_own), (*target_features, own) = zip(*split)
-        past = self.reference(past_features, past_own)                                           # ((T-1) B, N, C)
-        references = [Reference(*x) for x in zip(*(y.split(batch) for y in past))]
+        if frames != T:
+            raise InputError(f"clip has {frames} frames; this model takes {T} (target last)")
+
+        # All frames are encoded as one batch, time first: its last B maps are the target's.
+        images = clip.transpose(0, 1).flatten(0, 1)                     # (T B, 3, H, W)
+        features, fused = self.encode(images)
+        F_hat = self.at_stride_8(fused)                                 # (T B, 256, h_2, w_2)
+        past = self.keys_and_values([f[:-batch] for f in features], F_hat[:-batch])
+        queries = self.queries([f[-batch:] for f in features])
+        outputs = []
+        for key2, key3, key4, value in zip(*(x.split(batch) for x in past), strict=True):
+            reference = Reference(key2, key3, key4, value)
+            outputs.append(self.read(queries, reference))               # O_i (B, 256, h_2, w_2)
+        O = self.reconstruct(outputs, F_hat[-batch:])
+        logits = self.classify(self.classifier, O)                      # (B, K, h_1, w_1)
         if not self.training:
-            return self.segment(target_features, own, references)
-        queries = self.queries(target_features)
-        attended = (self.attend(queries, reference) for reference in references)
-        outputs = [product(attention, values.mT) for attention, values in attended]             # O_i (B, 256, h_2, w_2)
-        clip_logits = [classify(o) for classify, o in zip(self.auxiliary_classifiers, outputs)]
-        clip_logits.append(self.classifier(torch.stack(outputs).mean(0) + own))
-        frame_logits = self.segformer.classifier(fused).unflatten(0, (frames, batch)).transpose(0, 1)
-        return frame_logits, torch.stack([self.upsample(x.contiguous()) for x in clip_logits], dim=1)
+            return logits
+
+        clip_logits = []
+        for classify_i, O_i in zip(self.auxiliary_classifiers, outputs, strict=True):
+            clip_logits.append(self.classify(classify_i, O_i))
+        clip_logits.append(logits)
+        frame_logits = self.segformer.classifier(fused).unflatten(0, (T, batch)).transpose(0, 1)
+        return frame_logits, torch.stack(clip_logits, dim=1)
 
     def encode(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Images (B, 3, H, W) -> the encoder's [F_1 ... F_4] and SegFormer's fused F (B, 256, H/4, W/4)."""
+        """Images (B, 3, H, W) -> [F_1 ... F_4] and SegFormer's fused F (B, 256, H/4, W/4)."""
         features = self.segformer.encoder(images)
-        return features, self.segformer.head(features)
+        fused = self.segformer.head(features)
+        return features, fused
 
-    def reference(self, features: Sequence[Tensor], own: Tensor) -> Reference:
-        """Keys and values of frames, from those frames alone: their [F_1 ... F_4], and F_hat (B, 256, h_2, w_2)."""
+    def at_stride_8(self, fused: Tensor) -> Tensor:
+        """F_hat: F (B, 256, h_1, w_1) at half the size. Bilinear halving is the mean of 2x2."""
+        return F.avg_pool2d(fused, 2)
+
+    def queries(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Q^2, Q^3, Q^4 of target frames, (B, h_l, w_l, C_l), from their [F_1 ... F_4]."""
+        queries = []
+        layers = (self.query2, self.query3, self.query4)
+        with full_precision(features[0].device):
+            for layer, feature in zip(layers, features[1:], strict=True):
+                queries.append(layer(float32(feature).permute(0, 2, 3, 1)))
+        return queries
+
+    def keys_and_values(self, features: Sequence[Tensor], F_hat: Tensor) -> Reference:
+        """K and V of reference frames, from their [F_1 ... F_4] and F_hat (B, 256, h_2, w_2)."""
         _, f2, f3, f4 = features
-        return Reference(self.key2(as_sequence(self.reduce2(f2))), self.key3(as_sequence(self.reduce3(f3))),
-                         self.key4(as_sequence(f4)), as_sequence(self.value(own)))
+        key2 = self.key2(as_sequence(self.reduce2(f2)))
+        key3 = self.key3(as_sequence(self.reduce3(f3)))
+        key4 = self.key4(as_sequence(f4))
+        value = as_sequence(self.value(F_hat))
+        return Reference(float32(key2), float32(key3), float32(key4), float32(value))
 
-    def queries(self, features: Sequence[Tensor]) -> list[Query]:
-        """The queries of target frames at l = 2, 3, 4, from their [F_1 ... F_4]."""
-        sar, maps = self.aggregation, full_precision(*features[1:])
-        layers = (self.query2, sar.g2), (self.query3, sar.g3), (self.query4, sar.g4)
-        with torch.autocast(maps[0].device.type, enabled=False):
-            return [g.prepare(as_image(query(as_sequence(f)), f.shape[-2:])) for (query, g), f in zip(layers, maps)]
+    def read(self, queries: Sequence[Tensor], reference: Reference) -> Tensor:
+        """What the target reads in one reference: O_i (B, 256, h_2, w_2)."""
+        with full_precision(reference.value.device):
+            kept, A2, A3, A4 = self.affinities(queries, reference)
+            M2 = self.aggregation(A2, A3, A4)                           # (B, m, h_2, w_2)
+            B = as_sequence(M2).softmax(-1)                             # (B, n_2, m), over tokens
+            V = take_tokens(reference.value, kept)                      # (B, m, 256)
+            return as_image(B @ V, M2.shape[-2:])
 
-    def segment(self, features: Sequence[Tensor], own: Tensor, references: Sequence[Reference]) -> Tensor:
-        """The target's logits (B, K, H/4, W/4) from its [F_1 ... F_4], its F_hat, and its T-1 references."""
-        queries, logits = self.queries(features), self.classifier(own)                           # (B, K, h_2, w_2)
-        weight = next(self.classifier.parameters()).flatten(1)                                   # W (K, 256)
-        for reference in references:
-            attention, values = self.attend(queries, reference)
-            # The classifier is linear: (mean_i B_i V_i + F_hat) W^T = sum_i B_i (V_i W^T / (T-1)) + F_hat W^T, with
-            # as many columns to read out of each reference as there are classes, instead of 256.
-            logits = logits + product(attention, (values @ weight.T / len(references)).mT)
-        return self.upsample(logits.contiguous())  # on CPUs a channels-last map of many classes is slow
+    def affinities(self, queries: Sequence[Tensor], reference: Reference) -> tuple[Tensor, ...]:
+        """STM and the cross-frame affinities A^l = Q^l (K^l)^T of the tokens that it keeps.
 
-    def attend(self, queries: Sequence[Query], reference: Reference) -> tuple[Tensor, Tensor]:
-        """Where the target reads in one reference: B_i, (B, m, h_2, w_2), and the kept values V_i (B, m, 256)."""
-        with torch.autocast(reference.value.device.type, enabled=False):
-            _, *keys, values = self.keep(queries, reference)
-            m2 = self.aggregation(queries, keys)
-            return as_image(as_sequence(m2).softmax(-1), m2.shape[-2:]), values                  # over the m tokens
-
-    def keep(self, queries: Sequence[Query], reference: Reference) -> tuple[Tensor, ...]:
-        """The tokens of a reference that STM keeps: where they are (B, m), their K^2, K^3, K^4 and V (B, m, C)."""
-        key2, key3, key4, value = full_precision(*reference)
-        q4 = queries[2].q
-        kept = self.selective_token_masking(product(q4, key4))
-        # For r = 16 the paper resizes A^4 over the reference's tokens; as A^4 = Q^4 (K^4)^T, that is to resize K^4.
-        key4 = as_sequence(self.resize(as_image(key4, q4.shape[-2:])))                           # (B, N, C_4)
-        return kept, *(x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])) for x in (key2, key3, key4, value))
-
-    def selective_token_masking(self, a4: Tensor) -> Tensor:
-        """STM: which tokens of a reference are kept, (B, m), by A^4, an image (h_4, w_4) a token: (B, n_4, h_4, w_4).
-
-        A token is as important as its 5 largest affinities add up to. The share that is kept is fixed, so m is, too.
+        -> which tokens are kept (B, m), and A^2, A^3, A^4, images (B, m, h_l, w_l).
         """
-        grid, a4 = a4.shape[-2:], a4.flatten(2)
-        importance = a4.topk(min(IMPORTANCE_TOP, a4.shape[2])).values.sum(-1)                    # (B, n_4)
-        importance = self.resize(importance.unflatten(1, grid)[:, None]).flatten(1)              # of sums: (B, N)
-        return importance.topk(max(1, int(self.keep_ratio * importance.shape[1]))).indices
+        Q2, Q3, Q4 = queries
+        grid = Q4.shape[1:3]                                            # h_4, w_4
+        A4 = Q4.flatten(1, 2) @ reference.key4.mT                       # (B, n_4, n_4)
+        kept = self.selective_token_masking(A4, grid)
+        A4 = self.to_reference_stride(A4, grid)                         # (B, n_4, N)
+        A4 = A4.gather(2, kept[:, None].expand(-1, A4.shape[1], -1))    # (B, n_4, m)
+        A3 = Q3.flatten(1, 2) @ take_tokens(reference.key3, kept).mT    # (B, n_3, m)
+        A2 = Q2.flatten(1, 2) @ take_tokens(reference.key2, kept).mT    # (B, n_2, m)
+        A2 = as_image(A2, Q2.shape[1:3])
+        A3 = as_image(A3, Q3.shape[1:3])
+        A4 = as_image(A4, grid)
+        return kept, A2, A3, A4
+
+    def selective_token_masking(self, A4: Tensor, grid: Sequence[int]) -> Tensor:
+        """STM: which of a reference's tokens are kept, (B, m), by A^4 (B, n_4, n_4).
+
+        A token is as important as the sum of its 5 largest affinities. The share that is kept is
+        fixed, and m = max(1, int(p N)) with it.
+        """
+        top = min(IMPORTANCE_TOP, A4.shape[1])
+        importance = A4.topk(top, dim=1).values.sum(1, keepdim=True)    # (B, 1, n_4)
+        importance = self.to_reference_stride(importance, grid)[:, 0]   # (B, N)
+        m = max(1, int(self.keep_ratio * importance.shape[1]))
+        return importance.topk(m).indices
+
+    def to_reference_stride(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """Rows (B, n, n_4) over a reference's grid of stride 32, resized to stride r: (B, n, N)."""
+        if self.reference_stride == 32:
+            return x
+        rows = x.unflatten(2, tuple(grid))                              # (B, n, h_4, w_4)
+        return F.interpolate(rows, scale_factor=32 // self.reference_stride,
+                             mode="bilinear").flatten(2)
+
+    def reconstruct(self, outputs: Sequence[Tensor], F_hat: Tensor) -> Tensor:
+        """O: the mean of the O_i, plus the target's own F_hat; all (B, 256, h_2, w_2)."""
+        return sum(outputs) / len(outputs) + F_hat
+
+    def classify(self, classify: nn.Module, x: Tensor) -> Tensor:
+        """x (B, 256, h_2, w_2) -> logits (B, K, h_1, w_1), upsampled from stride 8 to 4."""
+        logits = classify(x).contiguous()   # CPUs upsample many classes slowly in channels-last
+        return F.interpolate(logits, scale_factor=2, mode="bilinear")
 
     def stream(self) -> "Stream":
-        """Segment one video frame by frame, each encoded once: `stream(frame)`, (3, H, W) -> (K, H/4, W/4)."""
+        """A `Stream` for one video: `stream(frame)`, (3, H, W) -> logits (K, H/4, W/4)."""
         return Stream(self)
 
 
 class Stream:
-    """One video, frame by frame: each is encoded once, its keys and values alone are kept while they can be needed.
+    """One video, frame by frame. Each is encoded once; only its keys and values are remembered.
 
-    Call with the next frame (3, H, W) -> its logits (K, H/4, W/4), as from the clip of that frame and its references
-    (`reference_indices`). Memory is constant. Raises ValueError while the model is in training mode.
+    Call with the next frame (3, H, W) -> its logits (K, H/4, W/4), the same as for the clip of that
+    frame and its references (`reference_indices`). Memory is constant: K and V are kept for as many
+    frames as the largest offset. Raises ValueError while the model is in training mode.
     """
 
     def __init__(self, model: MRCFA):
-        self.model, self.offsets, self.t = model, model.offsets, 0
-        self.history: deque[Reference] = deque(maxlen=max(model.offsets))                        # frame t-1 at its end
+        self.model = model
+        self.t = 0
+        self.history: deque[Reference] = deque(maxlen=max(model.offsets))   # frame t-1 at its end
 
     @torch.no_grad()
     def __call__(self, frame: Tensor) -> Tensor:
-        if self.model.training:
-            raise ValueError("call model.eval() before streaming")
-        features, fused = self.model.encode(frame[None])
-        own = F.avg_pool2d(fused, 2)
-        references = [self.history[i - self.t] for i in reference_indices(self.t, self.offsets)]  # counted from the end
-        logits = self.model.segment(features, own, references) if references else self.model.segformer.classifier(fused)
-        self.history.append(self.model.reference(features, own))
+        model = self.model
+        if model.training:
+            raise InputError("call model.eval() before streaming")
+        features, fused = model.encode(frame[None])
+        F_hat = model.at_stride_8(fused)
+        references = []
+        for i in reference_indices(self.t, model.offsets):
+            references.append(self.history[i - self.t])                 # counted from the end
+        if references:
+            queries = model.queries(features)
+            outputs = [model.read(queries, reference) for reference in references]
+            O = model.reconstruct(outputs, F_hat)
+            logits = model.classify(model.classifier, O)
+        else:
+            logits = model.segformer.classifier(fused)
+        self.history.append(model.keys_and_values(features, F_hat))
         self.t += 1
         return logits[0]
 
 
-def mrcfa_loss(frame_logits: Tensor, clip_logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """0.5 CE(frame_logits, each frame's labels) + CE(all T clip_logits, the target's labels): a scalar.
+def mrcfa_loss(frame_logits: Tensor, clip_logits: Tensor, labels: Tensor,
+               ignore_index: int = 255) -> Tensor:
+    """0.5 CE(frame_logits, each frame's labels) + CE(all T clip_logits, the target's labels).
 
-    Both logits (B, T, K, h, w); labels (B, T, H, W) int64, or (B, H, W) when only the target is labelled: then the
-    first term takes the target's frame_logits alone. Ignored pixels count in each mean's denominator.
+    Both logits are (B, T, K, h, w). Labels are (B, T, H, W) int64, or (B, H, W) when only the target
+    is labelled: then the first term takes the target's frame_logits alone. Each CE is a mean over
+    all pixels, ignored ones included. -> a scalar.
     """
     if labels.ndim == 3:
-        labels, frame_logits = labels[:, None], frame_logits[:, -1:]
+        labels = labels[:, None]
+        frame_logits = frame_logits[:, -1:]
     target = labels[:, -1:].expand(-1, clip_logits.shape[1], -1, -1)
-    return (FRAME_LOSS_WEIGHT * segmentation_loss(frame_logits.flatten(0, 1), labels.flatten(0, 1), ignore_index)
-            + segmentation_loss(clip_logits.flatten(0, 1), target.flatten(0, 1), ignore_index))
+    frame_loss = segmentation_loss(frame_logits.flatten(0, 1), labels.flatten(0, 1), ignore_index)
+    clip_loss = segmentation_loss(clip_logits.flatten(0, 1), target.flatten(0, 1), ignore_index)
+    return FRAME_LOSS_WEIGHT * frame_loss + clip_loss
 
 
-def rename_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A released MRCFA's weights under our keys. Their q1 ... q3 and k1 ... k3 belong to stages 2 ... 4."""
-    classifiers = [int(m[1]) for key in state if (m := re.match(r"decode_head\.deco(\d+)\.", key))]
-    names = {
-        r"hypercorre_module\.([qk])(\d)": lambda m: f"{dict(q='query', k='key')[m[1]]}{int(m[2]) + 1}",
-        r"hypercorre_module\.hpn\.encoder_layer(\d)(?:to(\d))?\.(\d)(?:\.conv2)?":  # 0 and 3 convolve, 1 and 4 norm
-            lambda m: f"aggregation.g{m[1]}{m[2] or ''}.{('convs', 'norms')[int(m[3]) % 3]}.{int(m[3]) // 3}",
-        r"sr1_feat": lambda m: "value",
-        r"sr(\d)": lambda m: f"reduce{m[1]}",
-        r"deco(\d+)\.smalldecoder":  # the last is the one of O
-            lambda m: f"auxiliary_classifiers.{int(m[1]) - 1}" if int(m[1]) < max(classifiers) else "classifier",
-    }
-    ours: dict[str, Tensor] = {}
-    for key, value in state.items():
-        for pattern, replacement in names.items():
-            key = re.sub(rf"^decode_head\.{pattern}\b", replacement, key)
-        ours[key] = value
-    segformer = rename({key: ours.pop(key) for key in state if key in ours})
-    return ours | {f"segformer.{key}": value for key, value in segformer.items()}
+# --------------------------------------------------------------------------------- checkpoints
+
+def load_checkpoint(path) -> tuple[nn.Module, dict]:
+    """A checkpoint of train.py, of either model -> the model in eval mode on the CPU, and a dict.
+
+    The dict has at least "model" ("mrcfa_b0"), "classes" (names in label order), "frame_size"
+    (long, short) and, for an MRCFA, "offsets". Raises ValueError, one line with the path, for any
+    other file.
+    """
+    checkpoint = read_checkpoint(path)
+    config = checkpoint.get("config")
+    if not isinstance(config, dict) or not {"model", "classes", "frame_size"} <= config.keys():
+        raise InputError(f"{path}: is no checkpoint of train.py, which would hold 'model' and "
+                         f"'config'; it holds {some_keys(checkpoint)}")
+    try:
+        model = build_model(config["model"], model_arguments(config))
+        load_strictly(model, read_state_dict(checkpoint.get("model")))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: its 'config' isn't one of train.py's ({error!r})") from None
+    return model.eval(), config
+
+
+def model_arguments(config: dict) -> dict:
+    """The arguments of MRCFA(...) or SegFormer(...) in a training's arguments."""
+    kind, _, variant = config["model"].partition("_")
+    arguments = {"variant": variant, "num_classes": len(config["classes"])}
+    if kind == "segformer":
+        return arguments
+    for name in ("reference_stride", "keep_ratio", "refine", "aggregate", "offsets"):
+        arguments[name] = config[name]
+    return arguments
+
+
+def build_model(name: str, arguments: dict) -> nn.Module:
+    """A new "mrcfa_b0" ... "segformer_b5" with the arguments of MRCFA(...) or SegFormer(...)."""
+    return MRCFA(**arguments) if name.startswith("mrcfa") else SegFormer(**arguments)
+
+
+def load_weights(model: nn.Module, path):
+    """Start from the weights in a file: a released MRCFA's, those of a SegFormer or its encoder, or
+    those of another training, told apart by their keys.
+
+    Classifiers of other classes keep their initialisation, and a line on stderr says so. Raises
+    ValueError, with the path, if anything else is wrong.
+    """
+    try:
+        state = read_state_dict(path)
+        if "decode_head.sr1_feat.weight" in state:
+            state = rename_official(state)
+        if "value.weight" not in state:                 # which every MRCFA has
+            load_pretrained(model, state)
+            return
+        own = model.state_dict()
+        other_classes = []
+        for key, value in state.items():
+            if "classifier" in key and key in own and len(value) != len(own[key]):
+                other_classes.append(key)
+        if other_classes:
+            print("classifiers are of other classes and begin anew", file=sys.stderr)
+        state = {key: value for key, value in state.items() if key not in other_classes}
+        load_strictly(model, state, tuple(other_classes))
+    except ValueError as error:
+        message = str(error)
+        raise InputError(message if message.startswith(str(path)) else f"{path}: {message}") from None
 
 
 def load_official(model: MRCFA, source):
     """Load a released MRCFA checkpoint, a path or a state dict; ValueError unless every key fits."""
     load_strictly(model, rename_official(read_state_dict(source)))
+
+
+def rename_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a released MRCFA under our keys."""
+    numbers = [int(n) for n in re.findall(r"decode_head\.deco(\d+)\.", " ".join(state))]
+    last = max(numbers, default=0)                      # of the classifiers; it is that of O
+    ours, segformer = {}, {}
+    for key, value in state.items():
+        name = key.removeprefix("decode_head.")
+        for pattern, replacement in OFFICIAL_RENAMES:
+            name = re.sub(pattern, replacement, name)
+        name = name.replace(f"auxiliary_classifiers.{last - 1}.", "classifier.")
+        if name == key.removeprefix("decode_head."):    # none of MRCFA's own layers
+            segformer[key] = value
+        else:
+            ours[name] = value
+    for key, value in rename(segformer).items():
+        ours[f"segformer.{key}"] = value
+    return ours
+
+
+def one_more(match: re.Match) -> str:
+    """Their q1 ... q3 and k1 ... k3 belong to our stages 2 ... 4."""
+    kind = {"q": "query", "k": "key"}[match[1]]
+    return f"{kind}{int(match[2]) + 1}"
+
+
+def refinement_layer(match: re.Match) -> str:
+    """Their layers 0 and 3 are our convolutions 0 and 1, and 1 and 4 our norms 0 and 1."""
+    scale = match[1].replace("to", "")
+    index = int(match[2])
+    kind = "convs" if index % 3 == 0 else "norms"
+    return f"aggregation.g{scale}.{kind}.{index // 3}"
+
+
+def one_less(match: re.Match) -> str:
+    """Their classifiers count from 1."""
+    return f"auxiliary_classifiers.{int(match[1]) - 1}"
+
+
+OFFICIAL_RENAMES = [
+    (r"^hypercorre_module\.([qk])(\d)\b", one_more),
+    (r"^hypercorre_module\.hpn\.encoder_layer(\d(?:to\d)?)\.(\d)(?:\.conv2)?\b", refinement_layer),
+    (r"^sr1_feat\b", "value"),
+    (r"^sr(\d)\b", r"reduce\1"),
+    (r"^deco(\d+)\.smalldecoder\b", one_less),
+]

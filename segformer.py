@@ -1,29 +1,26 @@
 """SegFormer: the Mix Transformer encoder (MiT) and the all-MLP head, in plain PyTorch.
 
-SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers (Xie et al., NeurIPS 2021,
-arXiv 2105.15203). This file needs nothing but torch and can be copied into another project by itself:
+SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers (Xie et al.,
+NeurIPS 2021, arXiv 2105.15203). This file needs nothing but torch, so you can copy it by itself:
 
     model = SegFormer("b1", num_classes=19)
     load_pretrained(model, "mit_b1.pth")
-    logits = model(images)                            # (B, 3, H, W) -> (B, 19, H/4, W/4)
+    logits = model(images)                  # (B, 3, H, W) -> (B, 19, H/4, W/4)
 
-Inside the encoder a feature map is (B, h, w, C): LayerNorm and Linear act on the last axis as they are, and seen as
-(B, C, h, w) it is a channels-last image, the layout in which convolutions are fast. Neither view copies anything.
+Inside the encoder a feature map has its channels last, (B, h, w, C): LayerNorm and Linear act on
+the last axis, and the same memory seen as (B, C, h, w) is a channels-last image, the layout in
+which convolutions are fast. Changing between the two views copies nothing.
 """
 import math
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EMBED_DIM = 256  # width of the head for b0 and b1, and for every MRCFA
-DROPOUT = 0.1    # of whole channels, before every classifier
-
-# The encoders' channels C_1 ... C_4 and numbers of blocks; the rest is the same for all.
+# The encoders' channels C_1 ... C_4 and numbers of blocks. All else is the same for every variant.
 MIT_VARIANTS = {
     "b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
     "b1": ((64, 128, 320, 512), (2, 2, 2, 2)),
@@ -33,17 +30,28 @@ MIT_VARIANTS = {
     "b5": ((64, 128, 320, 512), (3, 6, 40, 3)),
 }
 HEADS = (1, 2, 5, 8)
-REDUCTIONS = (8, 4, 2, 1)
+REDUCTIONS = (8, 4, 2, 1)   # r of each stage's attention
 MLP_RATIO = 4
+STRIDE = 32                 # of F_4: image sides must be multiples of it
+EMBED_DIM = 256             # width of the head for b0 and b1, and of every MRCFA
+DROPOUT = 0.1               # of whole channels, before every classifier
+LOSS_BAND = 32              # rows of an image whose loss is computed at a time on CPUs
 
+
+class InputError(ValueError):
+    """A mistake that the person at the keyboard can put right. The scripts print it as one line."""
+
+
+# ------------------------------------------------------------------------------------ the encoder
 
 def conv_last(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply a convolution to a map whose channels come last: (B, h, w, C) -> (B, h', w', C')."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    """Apply a convolution to a map with its channels last: (B, h, w, C) -> (B, h', w', C')."""
+    x = conv(x.permute(0, 3, 1, 2))
+    return x.permute(0, 2, 3, 1)
 
 
 class EfficientAttention(nn.Module):
-    """Self-attention in which keys and values come from a map reduced r x r times (SegFormer, section 3.1)."""
+    """Self-attention whose keys and values come from a map r times smaller (section 3.1)."""
 
     def __init__(self, channels: int, heads: int, reduction: int):
         super().__init__()
@@ -51,19 +59,29 @@ class EfficientAttention(nn.Module):
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(channels, 2 * channels)
         self.proj = nn.Linear(channels, channels)
-        self.reduce = nn.Conv2d(channels, channels, reduction, reduction) if reduction > 1 else nn.Identity()
-        self.norm = nn.LayerNorm(channels) if reduction > 1 else nn.Identity()
+        self.reduce = nn.Identity()
+        self.norm = nn.Identity()
+        if reduction > 1:
+            self.reduce = nn.Conv2d(channels, channels, reduction, reduction)
+            self.norm = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor) -> Tensor:                                                      # (B, h, w, C)
-        reduced = self.norm(conv_last(self.reduce, x))                                           # (B, h/r, w/r, C)
-        q = self.q(x).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)              # (B, heads, n, d)
-        k, v = self.kv(reduced).flatten(1, 2).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)                            # (B, n, heads, d)
-        return self.proj(out.reshape(x.shape))
+    def forward(self, x: Tensor) -> Tensor:             # (B, h, w, C)
+        reduced = self.norm(conv_last(self.reduce, x))  # (B, h/r, w/r, C)
+        k, v = self.kv(reduced).chunk(2, dim=-1)
+        q = self.split_heads(self.q(x))                 # (B, heads, h w, C / heads)
+        k = self.split_heads(k)                         # (B, heads, h w / r^2, C / heads)
+        v = self.split_heads(v)
+        out = F.scaled_dot_product_attention(q, k, v)
+        out = out.transpose(1, 2).reshape(x.shape)      # (B, h, w, C)
+        return self.proj(out)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, h, w, C) -> (B, heads, h w, C / heads)"""
+        return x.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class MixFFN(nn.Module):
-    """MLP with a depthwise 3x3 convolution inside, which stands in for a positional encoding."""
+    """MLP with a depthwise 3x3 convolution inside, which replaces a positional encoding."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -72,12 +90,28 @@ class MixFFN(nn.Module):
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = nn.Linear(hidden, channels)
 
-    def forward(self, x: Tensor) -> Tensor:                                                      # (B, h, w, C)
-        return self.fc2(F.gelu(conv_last(self.dwconv, self.fc1(x))))
+    def forward(self, x: Tensor) -> Tensor:             # (B, h, w, C)
+        x = self.fc1(x)                                 # (B, h, w, 4 C)
+        x = conv_last(self.dwconv, x)
+        return self.fc2(F.gelu(x))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training drop a sample's whole branch at random."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
 
 
 class Block(nn.Module):
-    """Transformer block: attention and Mix-FFN, both pre-norm and residual."""
+    """Transformer block: attention and Mix-FFN, both with a norm before and a residual around."""
 
     def __init__(self, channels: int, heads: int, reduction: int, drop_path: float):
         super().__init__()
@@ -85,31 +119,34 @@ class Block(nn.Module):
         self.attn = EfficientAttention(channels, heads, reduction)
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
         self.mlp = MixFFN(channels)
-        # Stochastic depth (arXiv 1603.09382) drops a sample's whole branch: (1, B, h, w, C) has B "channels" to drop.
-        self.drop_path = nn.Dropout3d(drop_path)
+        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:                                                      # (B, h, w, C)
-        x = x + self.drop_path(self.attn(self.norm1(x))[None])[0]
-        return x + self.drop_path(self.mlp(self.norm2(x))[None])[0]
+    def forward(self, x: Tensor) -> Tensor:             # (B, h, w, C)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
 
 
 class Stage(nn.Module):
-    """Overlapping patch embedding and the blocks that follow it: one F_l out of F_{l-1}."""
+    """Overlapping patch embedding and the blocks after it: one F_l out of F_{l-1}."""
 
-    def __init__(self, in_channels: int, channels: int, kernel: int, stride: int, blocks: list[Block]):
+    def __init__(self, in_channels: int, channels: int, kernel: int, stride: int,
+                 blocks: list[Block]):
         super().__init__()
         self.embed = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2)
         self.embed_norm = nn.LayerNorm(channels)
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:                                                      # (B, C_{l-1}, H, W)
-        x = self.embed_norm(self.embed(x).permute(0, 2, 3, 1))                                   # (B, h, w, C_l)
-        return self.norm(self.blocks(x)).permute(0, 3, 1, 2)                                     # (B, C_l, h, w)
+    def forward(self, x: Tensor) -> Tensor:             # (B, C_{l-1}, H, W)
+        x = self.embed(x).permute(0, 2, 3, 1)           # (B, h_l, w_l, C_l)
+        x = self.embed_norm(x)
+        x = self.norm(self.blocks(x))
+        return x.permute(0, 3, 1, 2)                    # (B, C_l, h_l, w_l)
 
 
 class MixVisionTransformer(nn.Module):
-    """MiT encoder: images (B, 3, H, W) -> [F_1, F_2, F_3, F_4], each (B, C_l, H/s, W/s) at s = 4, 8, 16, 32.
+    """MiT encoder: images (B, 3, H, W) -> [F_1, F_2, F_3, F_4], F_l (B, C_l, H/s, W/s), s = 4 ... 32.
 
     Raises ValueError where H or W is no multiple of 32.
     """
@@ -117,64 +154,81 @@ class MixVisionTransformer(nn.Module):
     def __init__(self, channels: tuple[int, ...], depths: tuple[int, ...], drop_path: float = 0.1):
         super().__init__()
         self.channels = channels
-        rates = (drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList()
-        for i, (c, depth) in enumerate(zip(channels, depths)):
-            blocks = [Block(c, HEADS[i], REDUCTIONS[i], next(rates)) for _ in range(depth)]
-            kernel, stride, in_channels = (3, 2, channels[i - 1]) if i else (7, 4, 3)
-            self.stages.append(Stage(in_channels, c, kernel, stride, blocks))
-        self.apply(self._init)
+        rate_step = drop_path / (sum(depths) - 1)
+        in_channels = 3
+        block_number = 0
+        for i in range(4):
+            blocks = []
+            for _ in range(depths[i]):
+                rate = rate_step * block_number
+                blocks.append(Block(channels[i], HEADS[i], REDUCTIONS[i], rate))
+                block_number += 1
+            kernel, stride = (7, 4) if i == 0 else (3, 2)
+            self.stages.append(Stage(in_channels, channels[i], kernel, stride, blocks))
+            in_channels = channels[i]
+        self.apply(self.init_weights)
 
     @staticmethod
-    def _init(module: Any):
+    def init_weights(module: nn.Module):
+        """Linear: truncated normal. Convolution: normal, by its fan-out. Biases: 0."""
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
-            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+            height, width = module.kernel_size
+            fan_out = height * width * module.out_channels // module.groups
             nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         height, width = images.shape[-2:]
-        if height % 32 or width % 32:
-            raise ValueError(f"frame size {height}x{width} (height x width) must be a multiple of 32 on both sides")
-        features = [images.contiguous(memory_format=torch.channels_last)]
+        if height % STRIDE or width % STRIDE:
+            raise InputError(f"frame size {height}x{width} (height x width): both sides must be "
+                             f"multiples of {STRIDE}")
+        x = images.contiguous(memory_format=torch.channels_last)
+        features = []
         for stage in self.stages:
-            features.append(stage(features[-1]))
-        return features[1:]
+            x = stage(x)
+            features.append(x)
+        return features
 
 
 def mit(variant: str, drop_path: float = 0.1) -> MixVisionTransformer:
-    """The MiT encoder "b0" ... "b5"; `drop_path` is the last block's rate, rising linearly from 0 in the first."""
+    """The MiT encoder "b0" ... "b5". Drop path rises from 0 in the first block to `drop_path`."""
     if variant not in MIT_VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(MIT_VARIANTS)}")
-    return MixVisionTransformer(*MIT_VARIANTS[variant], drop_path)
+        raise InputError(f"unknown variant {variant!r}; choose from {', '.join(MIT_VARIANTS)}")
+    channels, depths = MIT_VARIANTS[variant]
+    return MixVisionTransformer(channels, depths, drop_path)
 
+
+# ------------------------------------------------------------------------- the head and SegFormer
 
 class SegFormerHead(nn.Module):
-    """All-MLP head up to, and without, its classifier: [F_1 ... F_4] -> F, (B, embed_dim, H/4, W/4)."""
+    """All-MLP head without its classifier (section 3.2): [F_1 ... F_4] -> F (B, 256, H/4, W/4)."""
 
     def __init__(self, channels: tuple[int, ...], embed_dim: int = EMBED_DIM):
         super().__init__()
-        self.linears: Any = nn.ModuleList(nn.Linear(c, embed_dim) for c in channels)
-        self.fuse = nn.Conv2d(4 * embed_dim, embed_dim, 1, bias=False)  # of the projected F_4, F_3, F_2, F_1
-        self.norm: Any = nn.BatchNorm2d(embed_dim)
+        self.linears = nn.ModuleList(nn.Linear(c, embed_dim) for c in channels)
+        self.fuse = nn.Conv2d(4 * embed_dim, embed_dim, 1, bias=False)  # of F_4, F_3, F_2, F_1
+        self.norm = nn.BatchNorm2d(embed_dim)
+        self.relu = nn.ReLU(inplace=True)
         nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        # The 1x1 convolution of the concatenation is a sum over stages, and it commutes with bilinear upsampling:
-        # project each F_l by the one matrix W_fuse,l W_l at its own stride, then upsample and sum.
-        fuse, shift = self.fuse.weight.flatten(1), torch.zeros_like(self.norm.bias)
-        if not self.norm.training:  # with fixed statistics BatchNorm is a scale of W_fuse and a shift
-            scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
-            fuse, shift = scale[:, None] * fuse, self.norm.bias - scale * self.norm.running_mean
-        weights, extras = reversed(fuse.chunk(4, dim=1)), (shift, 0, 0, 0)
-        out, *coarser = [F.conv2d(feature, (weight @ linear.weight)[..., None, None], weight @ linear.bias + extra)
-                         for feature, linear, weight, extra in zip(features, self.linears, weights, extras)]
-        for x in coarser:
-            out += F.interpolate(x, out.shape[-2:], mode="bilinear")
-        return F.relu_(self.norm(out) if self.norm.training else out)
+        # The paper upsamples the four projected maps to stride 4, concatenates them and fuses them
+        # with a 1x1 convolution. That is a sum of four 1x1 convolutions, and these commute with
+        # bilinear upsampling: so project and fuse each map at its own stride, upsample, and add.
+        fuses = reversed(self.fuse.weight.flatten(1).chunk(4, dim=1))   # of F_1 ... F_4
+        maps = []
+        for feature, linear, fuse in zip(features, self.linears, fuses, strict=True):
+            weight = fuse @ linear.weight               # (256, C_l), both layers in one
+            bias = fuse @ linear.bias
+            maps.append(F.conv2d(feature, weight[:, :, None, None], bias))
+        fused = maps[0]
+        for x in maps[1:]:
+            fused += F.interpolate(x, fused.shape[-2:], mode="bilinear")
+        return self.relu(self.norm(fused))
 
 
 def classifier(embed_dim: int, num_classes: int) -> nn.Sequential:
@@ -183,9 +237,10 @@ def classifier(embed_dim: int, num_classes: int) -> nn.Sequential:
 
 
 class SegFormer(nn.Module):
-    """MiT encoder, all-MLP head, classifier: images (B, 3, H, W) -> logits (B, K, H/4, W/4).
+    """Encoder, head, classifier: images (B, 3, H, W) -> logits (B, K, H/4, W/4).
 
-    Published heads are 256 wide for b0 and b1 and 768 for b2 ... b5 (`embed_dim`). H and W must be multiples of 32.
+    `embed_dim` is the head's width: published heads have 256 for b0 and b1, 768 for b2 ... b5.
+    Raises ValueError where H or W is no multiple of 32.
     """
 
     def __init__(self, variant: str = "b1", num_classes: int = 124, embed_dim: int = EMBED_DIM):
@@ -195,176 +250,359 @@ class SegFormer(nn.Module):
         self.classifier = classifier(embed_dim, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.head(self.encoder(images)))
+        features = self.encoder(images)
+        fused = self.head(features)
+        return self.classifier(fused)
+
+
+# --------------------------------------------------------------------------------------- the loss
+
+def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with labels (B, H, W): a scalar.
+
+    The mean is over *all* pixels: ignored ones add 0 but stay in the denominator, as in the
+    released code.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return SummedCrossEntropy.apply(logits, labels, ignore_index) / labels.numel()
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """The sum over all pixels, without ever holding the logits of all classes at full size.
+
+    Those are what would fill the memory in training. So the forward pass upsamples one band of one
+    map at a time, and takes the gradient of the *small* logits, which is small, right there. The
+    backward pass only scales it.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        # A band of a few rows stays in a CPU's cache. An accelerator is faster with whole maps.
+        rows = LOSS_BAND if logits.device.type == "cpu" else labels.shape[1]
+        bands = row_bands(bilinear_matrix(logits.shape[2], labels.shape[1]), rows)
+        bands = [(target, source, matrix.to(logits)) for target, source, matrix in bands]
+        total = logits.new_zeros(())
+        gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        for i in range(len(logits)):
+            for target, source, matrix in bands:
+                with torch.enable_grad():
+                    part = logits[i, :, source].detach().contiguous().requires_grad_()
+                    loss = band_loss(part, labels[i, target], matrix, ignore_index)
+                if ctx.needs_input_grad[0]:
+                    gradient[i, :, source] += torch.autograd.grad(loss, part)[0]
+                total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        gradient, = ctx.saved_tensors
+        return scale * gradient, None, None
+
+
+def band_loss(logits: Tensor, labels: Tensor, matrix: Tensor, ignore_index: int) -> Tensor:
+    """Summed cross entropy of a band. `matrix` (R, few) resizes the height of logits (K, few, w) to
+    that of the labels (R, W)."""
+    with torch.autocast(logits.device.type, enabled=False):
+        few, width = logits.shape[1], labels.shape[1]
+        wide = F.interpolate(logits[None], (few, width), mode="bilinear")
+        full = matrix @ wide                            # (1, K, R, W)
+        return F.cross_entropy(full, labels[None], ignore_index=ignore_index, reduction="sum")
+
+
+def row_bands(matrix: Tensor, rows: int) -> list[tuple[slice, slice, Tensor]]:
+    """A bilinear matrix in bands: (the rows that a band makes, those that it reads, its matrix)."""
+    bands = []
+    for start in range(0, len(matrix), rows):
+        target = slice(start, start + rows)
+        read = matrix[target].any(0).nonzero()
+        source = slice(int(read.min()), int(read.max()) + 1)
+        bands.append((target, source, matrix[target, source]))
+    return bands
 
 
 def bilinear_matrix(size: int, new_size: int) -> Tensor:
-    """The (new_size, size) matrix that resizes one side bilinearly, `align_corners=False`; an image takes two."""
+    """The (new_size, size) matrix that resizes one side of an image bilinearly."""
     return F.interpolate(torch.eye(size)[None, None], (new_size, size), mode="bilinear")[0, 0]
 
 
-def bands(matrix: Tensor, rows: int = 32) -> list[tuple[slice, slice]]:
-    """A bilinear matrix as bands of some rows and the few columns that matter to them: (rows, columns) each."""
-    result = []
-    for first in range(0, len(matrix), rows):
-        used = matrix[first:first + rows].any(0).nonzero()
-        result.append((slice(first, first + rows), slice(int(used[0]), int(used[-1]) + 1)))
-    return result
-
-
-def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with labels (B, H, W) int64: a scalar.
-
-    The mean is over *all* pixels: ignored ones add 0 but stay in the denominator, as in the released code.
-    """
-    # Full-size maps of K classes are what fills the memory in training. The gradient with respect to the *small* logits
-    # is small, so it is taken here already, a band of rows at a time: nothing larger is alive, and a band is in cache.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    matrix, width = bilinear_matrix(logits.shape[2], labels.shape[1]), labels.shape[2]
-    places, matrix = bands(matrix), matrix.to(logits)
-    total, gradient = logits.new_zeros(()), torch.zeros_like(logits)
-    with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
-        for small, label, grad in zip(logits.detach().split(1), labels.split(1), gradient.split(1)):
-            for rows, source in places:
-                part = small[:, :, source].contiguous().requires_grad_()                         # (1, K, few, w)
-                full = matrix[rows, source] @ F.interpolate(part, (part.shape[2], width), mode="bilinear")
-                loss = F.cross_entropy(full, label[:, rows], ignore_index=ignore_index, reduction="sum")
-                grad[:, :, source] += torch.autograd.grad(loss, part)[0]
-                total += loss.detach()
-        linear = logits.flatten() @ gradient.flatten()  # has that gradient; its value is taken away again
-    return (total + (linear - linear.detach())) / labels.numel()
-
-
-# Keys of NVlabs', Hugging Face's and mmsegmentation's checkpoints -> ours, applied in this order, stages from 0.
-RENAMES = {
-    r"^layers\.(\d)\.0\.projection": r"encoder.stages.\1.embed",
-    r"^layers\.(\d)\.0\.norm": r"encoder.stages.\1.embed_norm",
-    r"^layers\.(\d)\.1": r"encoder.stages.\1.blocks", r"^layers\.(\d)\.2": r"encoder.stages.\1.norm",
-    r"attn\.attn\.in_proj_": "attn.qkv.", r"attn\.attn\.out_proj": "attn.proj",
-    r"ffn\.layers\.0": "mlp.fc1", r"ffn\.layers\.1": "mlp.dwconv", r"ffn\.layers\.4": "mlp.fc2",
-    r"^(convs|fusion_conv)\.": r"head.\1.",
-    r"^patch_embed(?:dings)?\.(\d)\.proj": r"encoder.stages.\1.embed",
-    r"^patch_embed(?:dings)?\.(\d)\.(?:layer_)?norm": r"encoder.stages.\1.embed_norm",
-    r"^(?:layer_)?norm\.(\d)": r"encoder.stages.\1.norm", r"^block\.(\d)": r"encoder.stages.\1.blocks",
-    r"layer_norm_(\d)": r"norm\1", r"attention\.self\.layer_norm": "attn.norm",
-    r"attention\.self\.query": "attn.q", r"attention\.self": "attn", r"attention\.output\.dense": "attn.proj",
-    r"attn\.sr": "attn.reduce", r"mlp\.dense": "mlp.fc", r"dwconv\.dwconv": "dwconv",
-    r"^linear_c\.(\d)\.proj": r"head.linears.\1", r"^linear_fuse\.bn|^batch_norm": "head.norm",
-    r"^linear_fuse(?:\.conv)?": "head.fuse", r"^(?:linear_pred|classifier)\b(?!\.1)": "classifier.1",
-    r"^stages": "encoder.stages",  # ours
-}
-# The ImageNet classifiers, and a layer that mmsegmentation creates and never uses.
-DEAD_KEYS = re.compile(r"(head|classifier|decode_head\.conv_seg)\.(weight|bias)")
-# What a file that can't be read looks like, by its first bytes.
-SIGNS = {b"<": "a web page: download the file itself", b"PK": "a truncated checkpoint: download it again",
-         b"version https://git-lfs": "a Git LFS pointer: fetch the file itself (git lfs pull)",
-         b"": "no checkpoint, or a truncated one"}
-
-
-def read_checkpoint(path) -> dict:
-    """The dict that a checkpoint file holds, read with `weights_only=True`; ValueError where it is no such file."""
-    with open(path, "rb") as file:
-        start = file.read(32).lstrip()
-    try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file  # type: ignore[import-not-found]  # optional, for this format alone
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(content, dict):
-            return content
-        why = f"not a checkpoint but a {type(content).__name__}"
-    except ImportError:
-        why = "needs the safetensors package (pip install safetensors), or give the same weights as pytorch_model.bin"
-    except Exception as error:  # each of torch.load's file formats raises its own
-        start = b"PK" if isinstance(error, EOFError) or re.search("EOF|truncated", str(error)) else start
-        why = "can't be read, it looks like " + next(looks for sign, looks in SIGNS.items() if start.startswith(sign))
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            why = f"would run code when loaded ({code[1]}); if you trust it, save its state dict alone in another file"
-    raise ValueError(f"{path}: {why}")
-
-
-def read_state_dict(source) -> dict[str, Tensor]:
-    """The state dict in a checkpoint (path or dict), bare or under "state_dict" or "model"; else ValueError."""
-    state = source if isinstance(source, dict) else read_checkpoint(source)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        raise ValueError("there is no state dict (tensors by name, bare or under 'state_dict' or 'model')")
-    return state
-
-
-def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """NVlabs', Hugging Face's, mmsegmentation's or our weights under the keys of our `SegFormer`, without dead keys."""
-    renamed = {}
-    for key, value in state.items():
-        if DEAD_KEYS.fullmatch(key):
-            continue
-        key = re.sub(r"^(backbone|segformer\.encoder|encoder|decode_head)\.", "", key)
-        key = re.sub(r"^(patch_embed|block|norm|linear_c)(\d)\.", lambda m: f"{m[1]}.{int(m[2]) - 1}.", key)  # from 0
-        for pattern, ours in RENAMES.items():
-            key = re.sub(pattern, ours, key)
-        renamed[key] = value.flatten(1) if re.search(r"\.mlp\.fc\d\.weight$", key) else value  # of 1x1 convolutions
-    # Our Linears are one for q and one for k and v; Hugging Face has three, mmsegmentation one.
-    for key in [k for k in renamed if ".attn.key." in k]:
-        if (value_key := key.replace(".key.", ".value.")) in renamed:
-            renamed[key.replace(".key.", ".kv.")] = torch.cat([renamed.pop(key), renamed.pop(value_key)])
-    for key in [k for k in renamed if ".attn.qkv." in k]:
-        q, k, v = renamed.pop(key).chunk(3)
-        renamed |= {key.replace(".qkv.", ".q."): q, key.replace(".qkv.", ".kv."): torch.cat([k, v])}
-    return renamed
-
-
-def variant_of(state: dict[str, Tensor]) -> str | None:
-    """Which MiT a state dict, in our naming, has inside, by widths and depths; None where it is no whole one."""
-    widths = tuple(len(value) for key, value in sorted(state.items()) if re.search(r"stages\.\d\.embed\.bias$", key))
-    blocks = [match[1] for key in state if (match := re.search(r"stages\.(\d)\.blocks\.\d+\.norm1\.bias$", key))]
-    depths = tuple(blocks.count(stage) for stage in "0123")
-    return next((name for name, sizes in MIT_VARIANTS.items() if sizes == (widths, depths)), None)
-
-
-def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[str, ...] = ()):
-    """`module.load_state_dict(state)` with errors for people; keys that start with one of `may_miss` can be absent."""
-    own = module.state_dict()
-    theirs, ours = variant_of(state), variant_of(own)
-    if None not in (theirs, ours) and theirs != ours:
-        raise ValueError(f"holds the weights of a MiT-{theirs}, this model is built on MiT-{ours}")
-    wrong = [f"{k} is missing" for k in own if k not in state and not k.startswith(may_miss)]
-    wrong += [f"{k} is unexpected" for k in state if k not in own]
-    wrong += [f"{k} is {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in state.items()
-              if k in own and v.shape != own[k].shape]
-    if wrong:
-        raise ValueError(f"{len(wrong)} weights don't fit this {type(module).__name__}: {', '.join(wrong)}")
-    module.load_state_dict(state, strict=False)
-
+# ----------------------------------------------------- checkpoints: reading, naming, loading them
 
 def load_pretrained(module: nn.Module, source):
     """Load ImageNet or SegFormer weights into an encoder, a SegFormer or an MRCFA.
 
-    `source` is a path or a state dict, with the names of NVlabs, Hugging Face or mmsegmentation. What an ImageNet
-    encoder can't have keeps its initialisation. Skipped with a warning are a classifier of another class count, in an
-    MRCFA a head of another width, and mmsegmentation's head, which is another network. Raises ValueError, with the
-    keys, for everything else that doesn't fit.
+    `source` is a path or a state dict, in the naming of NVlabs, Hugging Face (files, and
+    transformers 5 in memory) or mmsegmentation. What an ImageNet encoder can't have keeps its
+    initialisation. Skipped with a warning: a classifier of another class count; in an MRCFA a head
+    of another width; and mmsegmentation's head, which is another network. Raises ValueError, with
+    the keys, for everything else that doesn't fit.
     """
     state = rename(read_state_dict(source))
-    segformer = getattr(module, "segformer", module)  # an MRCFA has one inside
+    segformer = getattr(module, "segformer", module)    # an MRCFA has one inside
     if not any(key.startswith("encoder.stages.") for key in state):
-        raise ValueError("no MiT weights: expected 'patch_embed1.proj.weight', 'layers.0.0.projection.weight' or "
-                         f"'encoder.patch_embeddings.0.proj.weight' and the like, found {', '.join(list(state)[:3])}")
+        raise InputError(
+            "no MiT weights in it: expected keys like 'patch_embed1.proj.weight', "
+            "'encoder.patch_embeddings.0.proj.weight', 'stages.0.patch_embeddings.proj.weight' or "
+            f"'layers.0.0.projection.weight', found {some_keys(state)}")
     if isinstance(segformer, MixVisionTransformer):
-        head = ("head.", "classifier.")
-        load_strictly(segformer, {k.removeprefix("encoder."): v for k, v in state.items() if not k.startswith(head)})
+        prefix = "encoder."
+        encoder = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        others = {k: v for k, v in state.items() if not k.startswith((prefix, "head.", "classifier."))}
+        load_strictly(segformer, encoder | others)
         return
-    width, classes = (len(state.get(key, ())) for key in ("head.fuse.weight", "classifier.1.bias"))  # 0: has none
-    own_classes, skipped = len(segformer.state_dict()["classifier.1.bias"]), {}
-    if "head.fusion_conv.conv.weight" in state:
-        skipped = {"head": "mmsegmentation's has BatchNorm and ReLU after each projection, this one hasn't"}
-    elif width not in (0, EMBED_DIM) and module is not segformer:
-        skipped = dict.fromkeys(("head", "classifier"), f"the head is {width} wide, MRCFA's is {EMBED_DIM}")
-    elif classes not in (0, own_classes):
-        skipped = {"classifier": f"it has {classes} classes, this model {own_classes}"}
+
+    skipped = parts_to_skip(state, segformer, inside_mrcfa=segformer is not module)
     for part, why in skipped.items():
         warnings.warn(f"{part} skipped: {why}; it keeps its initialisation")
-    state = {key: value for key, value in state.items() if key.partition(".")[0] not in skipped}
-    absent = {"head", "classifier"} - {key.partition(".")[0] for key in state}
-    load_strictly(segformer, state, tuple(f"{part}." for part in absent))
+    state = {k: v for k, v in state.items() if k.partition(".")[0] not in skipped}
+    present = {key.partition(".")[0] for key in state}
+    may_miss = tuple(f"{part}." for part in ("head", "classifier") if part not in present)
+    load_strictly(segformer, state, may_miss)
+
+
+def parts_to_skip(state: dict[str, Tensor], model: SegFormer, inside_mrcfa: bool) -> dict[str, str]:
+    """Which parts of renamed weights belong to another network, and why: {part: reason}."""
+    width = len(state.get("head.fuse.weight", ()))      # 0: has none
+    classes = len(state.get("classifier.1.bias", ()))
+    own_classes = model.classifier[1].out_channels
+    if "head.fusion_conv.conv.weight" in state:
+        why = "mmsegmentation's has BatchNorm and ReLU after each projection, this one hasn't"
+        return {"head": why}
+    if inside_mrcfa and width not in (0, EMBED_DIM):
+        why = f"the head is {width} wide, MRCFA's is {EMBED_DIM}"
+        return {"head": why, "classifier": why}
+    if classes not in (0, own_classes):
+        return {"classifier": f"it has {classes} classes, this model {own_classes}"}
+    return {}
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[str, ...] = ()):
+    """`module.load_state_dict(state)` with errors for people.
+
+    Keys that start with one of `may_miss` can be absent. Raises ValueError with all keys that are
+    missing, unexpected or of another shape.
+    """
+    own = module.state_dict()
+    theirs, ours = variant_of(state), variant_of(own)
+    if theirs and ours and theirs != ours:
+        raise InputError(f"holds the weights of a MiT-{theirs}, this model is built on MiT-{ours}")
+    wrong = []
+    for key in own:
+        if key not in state and not key.startswith(may_miss):
+            wrong.append(f"{key} is missing")
+    for key, value in state.items():
+        if key not in own:
+            wrong.append(f"{key} is unexpected")
+        elif value.shape != own[key].shape:
+            wrong.append(f"{key} is {tuple(value.shape)} instead of {tuple(own[key].shape)}")
+    if wrong:
+        raise InputError(f"{len(wrong)} weights don't fit this {type(module).__name__}: "
+                         + ", ".join(wrong))
+    module.load_state_dict(state, strict=False)
+
+
+def variant_of(state: dict[str, Tensor]) -> str | None:
+    """The MiT variant in a state dict of our naming, by widths and depths; None if it isn't whole."""
+    widths, depths = {}, {}
+    for key, value in state.items():
+        if match := re.search(r"stages\.(\d)\.embed\.bias$", key):
+            widths[match[1]] = len(value)
+        if match := re.search(r"stages\.(\d)\.blocks\.\d+\.norm1\.bias$", key):
+            depths[match[1]] = depths.get(match[1], 0) + 1
+    for variant, (channels, numbers) in MIT_VARIANTS.items():
+        if tuple(widths.values()) == channels and tuple(depths.values()) == numbers:
+            return variant
+    return None
+
+
+def read_checkpoint(path) -> dict:
+    """The dict in a checkpoint file, read with `weights_only=True`; ValueError for other files."""
+    path = Path(path)
+    with open(path, "rb") as file:
+        start = file.read(32).lstrip()
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each of torch.load's file formats raises its own
+        raise InputError(f"{path}: {why_unreadable(start, error)}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is not a checkpoint but a {type(content).__name__}")
+    return content
+
+
+def read_safetensors(path: Path) -> dict:
+    """The tensors in a .safetensors file, which takes the package of that name."""
+    try:
+        from safetensors.torch import load_file  # optional: needed for this format alone
+    except ImportError:
+        raise InputError(f"{path}: needs the safetensors package (pip install safetensors); or give "
+                         "the same weights as pytorch_model.bin") from None
+    try:
+        return load_file(path)
+    except Exception:
+        raise InputError(f"{path}: can't be read, it looks like a truncated file: download it "
+                         "again") from None
+
+
+def why_unreadable(start: bytes, error: Exception) -> str:
+    """What a file is that torch.load couldn't read, by its first bytes and the error."""
+    if code := re.search(r"GLOBAL (\S+)", str(error)):
+        return (f"would run code when loaded ({code[1]}); if you trust it, save its state dict "
+                "alone in another file")
+    if start.startswith(b"<"):
+        looks = "a web page: download the file itself"
+    elif start.startswith(b"version https://git-lfs"):
+        looks = "a Git LFS pointer: fetch the file itself (git lfs pull)"
+    elif start.startswith(b"PK") or re.search("EOF|truncated", str(error)):
+        looks = "a truncated checkpoint: download it again"
+    else:
+        looks = "no checkpoint, or a truncated one"
+    return f"can't be read, it looks like {looks}"
+
+
+def read_state_dict(source) -> dict[str, Tensor]:
+    """The weights in a checkpoint, a path or a dict, wherever they lie in it; else ValueError.
+
+    A prefix that wrappers like DataParallel, Lightning or torch.compile put before every key goes.
+    """
+    content = source if isinstance(source, dict) else read_checkpoint(source)
+    found = find_state_dicts(content)
+    names = ", ".join(repr(name) for name in found)
+    for usual in ("state_dict", "model"):
+        if usual in found:
+            found = {usual: found[usual]}
+    if not found:
+        raise InputError("there is no state dict in it (weights by name); it holds "
+                         + some_keys(content))
+    if len(found) > 1:
+        raise InputError(f"there are several state dicts in it ({names}); save the one you mean by "
+                         "itself")
+    return without_wrappers(*found.values())
+
+
+def find_state_dicts(content: dict, name: str = "") -> dict[str, dict]:
+    """All state dicts in nested dicts, by the names that lead there: {"ema.model": {...}}."""
+    tensors = content and all(isinstance(value, Tensor) for value in content.values())
+    if tensors and any(str(key).endswith(".weight") for key in content):
+        return {name: content}
+    found = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            found |= find_state_dicts(value, f"{name}.{key}".lstrip("."))
+    return found
+
+
+# What keys of the namings below begin with. Anything that all keys have before that is a wrapper's.
+ROOTS = re.compile(r"(backbone|decode_head|segformer|encoder|head|classifier|stages|layers|block|"
+                   r"patch_embed|norm|query|key|value|reduce|aggregation|auxiliary)")
+
+
+def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without the `module.`, `model.`, `_orig_mod.` ... that wrappers put before the keys."""
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    while True:
+        first = {key.partition(".")[0] for key in state}
+        if len(first) > 1 or ROOTS.match(*first) or not all("." in key for key in state):
+            return state
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+
+
+def some_keys(content: dict) -> str:
+    """The first keys of a dict, for an error message."""
+    return ", ".join(repr(key) for key in list(content)[:4]) or "nothing"
+
+
+def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of any known naming under the keys of our `SegFormer`, without dead ones."""
+    renamed = {}
+    for key, value in state.items():
+        if DEAD_KEYS.fullmatch(key):
+            continue
+        key = re.sub(r"^(backbone|segformer\.encoder|segformer|encoder|decode_head)\.", "", key)
+        key = re.sub(r"^(patch_embed|block|norm|linear_c)([1-4])\.", count_from_zero, key)
+        for pattern, ours in RENAMES:
+            key = re.sub(pattern, ours, key)
+        if re.search(r"\.mlp\.fc\d\.weight$", key):
+            value = value.flatten(1)                    # mmsegmentation has 1x1 convolutions
+        renamed[key] = value
+    return join_keys_and_values(renamed)
+
+
+def count_from_zero(match: re.Match) -> str:
+    """NVlabs counts stages from 1: patch_embed1. -> patch_embed.0."""
+    return f"{match[1]}.{int(match[2]) - 1}."
+
+
+def join_keys_and_values(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Attention has one Linear for q and one for k and v here. Others have three, or one for all."""
+    joined = {}
+    for key, value in state.items():
+        place, _, kind = key.rpartition(".")
+        if place.endswith(".attn.k") and f"{place[:-1]}v.{kind}" in state:
+            joined[f"{place}v.{kind}"] = torch.cat([value, state[f"{place[:-1]}v.{kind}"]])
+        elif place.endswith(".attn.v") and f"{place[:-1]}k.{kind}" in state:
+            continue
+        elif place.endswith(".attn.qkv"):
+            q, k, v = value.chunk(3)
+            joined[f"{place[:-2]}.{kind}"] = q
+            joined[f"{place[:-3]}kv.{kind}"] = torch.cat([k, v])
+        else:
+            joined[key] = value
+    return joined
+
+
+# ImageNet's classifiers, and a layer that mmsegmentation creates and never uses.
+DEAD_KEYS = re.compile(r"(head|classifier|decode_head\.conv_seg)\.(weight|bias)")
+
+# Their names -> ours, applied from top to bottom, once a leading `backbone.`, `encoder.`,
+# `segformer.` or `decode_head.` is gone and stages count from 0.
+RENAMES = [
+    # mmsegmentation
+    (r"^layers\.(\d)\.0\.projection", r"encoder.stages.\1.embed"),
+    (r"^layers\.(\d)\.0\.norm", r"encoder.stages.\1.embed_norm"),
+    (r"^layers\.(\d)\.1", r"encoder.stages.\1.blocks"),
+    (r"^layers\.(\d)\.2", r"encoder.stages.\1.norm"),
+    (r"attn\.attn\.in_proj_", r"attn.qkv."),
+    (r"attn\.attn\.out_proj", r"attn.proj"),
+    (r"ffn\.layers\.0", r"mlp.fc1"),
+    (r"ffn\.layers\.1", r"mlp.dwconv"),
+    (r"ffn\.layers\.4", r"mlp.fc2"),
+    (r"^(convs|fusion_conv)\.", r"head.\1."),
+    # transformers 5, in memory
+    (r"^stages\.(\d)\.patch_embeddings\.proj", r"encoder.stages.\1.embed"),
+    (r"^stages\.(\d)\.patch_embeddings\.layer_norm", r"encoder.stages.\1.embed_norm"),
+    (r"^stages\.(\d)\.layer_norm", r"encoder.stages.\1.norm"),
+    (r"layernorm_before", r"norm1"),
+    (r"layernorm_after", r"norm2"),
+    (r"attention\.sequence_reduction\.sequence_reduction", r"attn.reduce"),
+    (r"attention\.sequence_reduction\.layer_norm", r"attn.norm"),
+    (r"attention\.([qkv])_proj", r"attn.\1"),
+    (r"attention\.o_proj", r"attn.proj"),
+    (r"^linear_projections\.(\d)\.proj", r"head.linears.\1"),
+    # Hugging Face's files
+    (r"^patch_embeddings\.(\d)\.proj", r"encoder.stages.\1.embed"),
+    (r"^patch_embeddings\.(\d)\.layer_norm", r"encoder.stages.\1.embed_norm"),
+    (r"^layer_norm\.(\d)", r"encoder.stages.\1.norm"),
+    (r"layer_norm_(\d)", r"norm\1"),
+    (r"attention\.self\.layer_norm", r"attn.norm"),
+    (r"attention\.self\.sr", r"attn.reduce"),
+    (r"attention\.self\.(q)uery|attention\.self\.(k)ey|attention\.self\.(v)alue", r"attn.\1\2\3"),
+    (r"attention\.output\.dense", r"attn.proj"),
+    (r"mlp\.dense", r"mlp.fc"),
+    (r"^batch_norm", r"head.norm"),
+    (r"^classifier(?!\.1)", r"classifier.1"),
+    # NVlabs
+    (r"^patch_embed\.(\d)\.proj", r"encoder.stages.\1.embed"),
+    (r"^patch_embed\.(\d)\.norm", r"encoder.stages.\1.embed_norm"),
+    (r"^block\.(\d)", r"encoder.stages.\1.blocks"),
+    (r"^norm\.(\d)", r"encoder.stages.\1.norm"),
+    (r"attn\.sr", r"attn.reduce"),
+    (r"dwconv\.dwconv", r"dwconv"),
+    (r"^linear_c\.(\d)\.proj", r"head.linears.\1"),
+    (r"^linear_fuse\.bn", r"head.norm"),
+    (r"^linear_fuse(\.conv)?", r"head.fuse"),
+    (r"^linear_pred", r"classifier.1"),
+    # ours
+    (r"^stages", r"encoder.stages"),
+]

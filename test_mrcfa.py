@@ -21,8 +21,8 @@ from PIL import Image
 import data
 import eval as evaluation
 import train as training
-from data import ClipDataset, fit, network_input, read_labels, read_split
-from eval import SegmentationMetrics, decode_mask
+from data import ClipDataset, decode_mask, fit, network_input, read_labels, read_split
+from eval import SegmentationMetrics
 from mrcfa import MRCFA, AffinityRefinement, load_official, mrcfa_loss, reference_indices
 from segformer import MIT_VARIANTS, SegFormer, load_pretrained, mit, segmentation_loss
 
@@ -294,9 +294,12 @@ def test_target_reads_only_what_it_is_given():
             assert not torch.allclose(model(other), before, atol=1e-4)
         model.keep_ratio = 1e-6
         features, fused = model.encode(clip[0])
-        attention, values = model.attend(model.queries(features), model.reference(features, F.avg_pool2d(fused, 2)))
-    assert attention.shape == (4, 1, 8, 12) and values.shape == (4, 1, 256)
-    assert torch.equal(attention, torch.ones_like(attention))
+        reference = model.keys_and_values(features, model.at_stride_8(fused))
+        kept, *affinities = model.affinities(model.queries(features), reference)
+        output = model.read(model.queries(features), reference)
+    assert [x.shape[1] for x in (kept, *affinities)] == [1, 1, 1, 1] and output.shape == (4, 256, 8, 12)
+    value = reference.value.gather(1, kept[..., None].expand(-1, -1, 256))
+    torch.testing.assert_close(output, value.mT[..., None].expand_as(output))
 
 
 @pytest.mark.parametrize("variant", ["b0", "b1"])
@@ -312,10 +315,9 @@ def test_every_parameter_learns_whatever_is_left_out(variant, switches):
 
 def test_without_sar_and_maa_the_finest_affinities_are_merged_as_they_are():
     sar = MRCFA("b0", 3, refine=False, aggregate=False).aggregation
-    q, k = torch.randn(2, 64, 6, 8), torch.randn(2, 5, 64)
-    images = torch.einsum("bchw,bmc->bmhw", q, k)
-    torch.testing.assert_close(sar.g2.of_product(sar.g2.prepare(q), k), images)
-    torch.testing.assert_close(sar([sar.g2.prepare(q), None, None], [k, None, None]), sar.g32(images))
+    images = torch.randn(2, 5, 6, 8)
+    torch.testing.assert_close(sar.g2(images), images)
+    torch.testing.assert_close(sar(images, None, None), sar.g32(images))
 
 
 @pytest.mark.parametrize("target_only", [False, True])
@@ -655,9 +657,9 @@ def test_interrupted_synthetic_videos_leave_nothing(few_synthetic, tmp_path, mon
 def run(script, monkeypatch, *args) -> int:
     """A script's exit code, its main called in this process."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
-    monkeypatch.setattr(evaluation.tqdm, "write", print)
+    monkeypatch.setattr(training.tqdm, "write", print)
     try:
-        evaluation.command_line(script.main)
+        data.run_script(script.main)
     except SystemExit as stop:
         return stop.code
     return 0
@@ -678,7 +680,8 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
         "model": model, "classes": CLASSES, "frame_size": [96, 64], "reference_stride": 32, "offsets": [3, 2, 1],
         "keep_ratio": None, "refine": True, "aggregate": True, "iters": 3, "data": str(videos)}.items()
     with Image.open(out / "pictures" / "v.webp") as animation, Image.open(out / "pictures" / "v.png") as sheet:
-        assert animation.n_frames == 18 and animation.width == 4 * 204 and sheet.size == (9 * 204, 3 * 155)
+        panels = 4 if model == "mrcfa_b0" else 3  # frame, label, masks, and an MRCFA's single frames
+        assert animation.n_frames == 18 and animation.width == (panels + 1) * 204 and sheet.size == (9 * 204, panels * 155)
 
     masks, result = tmp_path / "masks", tmp_path / "metrics.json"
     assert run(evaluation, monkeypatch, "--checkpoint", out / "last.pt", "--data", videos, "--save", masks, "--json", result, "--per-class") == 0
@@ -789,7 +792,7 @@ def test_cityscapes_trains_and_evaluates_its_labelled_frames_alone(model, tmp_pa
 
 def test_without_arguments_it_makes_videos_trains_and_shows_pictures(few_synthetic, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(training.RECIPES, "synthetic", (*training.RECIPES["synthetic"][:6], 2, 1e-3, 1.0, 1))
+    monkeypatch.setitem(training.RECIPES, "synthetic", training.RECIPES["synthetic"] | {"iters": 2, "warmup": 1})
     assert run(training, monkeypatch, "--workers", 0) == 0
     assert "mVC8" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "runs/mrcfa_b0/pictures").iterdir()} == {f"val_00{i}.{x}" for i in "01" for x in ("webp", "png")}
@@ -882,7 +885,7 @@ def start_training(args: list, rank: int = 0, ready=None, inside: str = "", mome
             torch.save({"taken": taken, "model": self.model.state_dict()}, f"{ready}_{rank}.pt")
         training.Run.train = train_and_tell
     sys.argv = ["train.py", *map(str, args)]
-    evaluation.command_line(training.main)
+    data.run_script(training.main)
 
 
 def processes(*arguments: tuple) -> list[int]:
