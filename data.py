@@ -5,7 +5,7 @@ The VSPW layout, also for your own videos:
 
     DIR/train.txt, val.txt          one video name a line
     DIR/classes.txt                 one class name a line (VSPW itself does without)
-    DIR/data/<video>/origin/*.jpg   frames, in the order of the numbers in their names (.png is fine)
+    DIR/data/<video>/origin/*.jpg   frames, ordered by the numbers in their names (.png is fine)
     DIR/data/<video>/mask/*.png     label maps: 0 or 255 = ignored, 1 ... K = classes 0 ... K-1
 
 Cityscapes' official folders, in which one frame of 30 is labelled:
@@ -23,6 +23,7 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -58,22 +59,23 @@ HUE = 18 / 180                      # and a share of the colour circle
 SPARSE_SHARE = 0.25                 # of pixels to interpolate, up to which one by one is faster
 
 VSPW_CLASSES = """
-wall ceiling door stair ladder escalator playground_slide handrail_or_fence window rail goal pillar
-pole floor ground grass sand athletic_field road path crosswalk building house bridge tower windmill
-well_or_well_lid other_construction sky mountain stone wood ice snowfield grandstand sea river lake
-waterfall water billboard_or_bulletin_board sculpture pipeline flag parasol_or_umbrella
-cushion_or_carpet tent roadblock car bus truck bicycle motorcycle wheeled_machine ship_or_boat raft
-airplane tyre traffic_light lamp person cat dog horse cattle other_animal tree flower other_plant toy
-ball_net backboard skateboard bat ball cupboard_or_showcase_or_storage_rack box
+wall ceiling door stair ladder escalator playground_slide handrail_or_fence window rail goal
+pillar pole floor ground grass sand athletic_field road path crosswalk building house bridge tower
+windmill well_or_well_lid other_construction sky mountain stone wood ice snowfield grandstand sea
+river lake waterfall water billboard_or_bulletin_board sculpture pipeline flag parasol_or_umbrella
+cushion_or_carpet tent roadblock car bus truck bicycle motorcycle wheeled_machine ship_or_boat
+raft airplane tyre traffic_light lamp person cat dog horse cattle other_animal tree flower
+other_plant toy ball_net backboard skateboard bat ball cupboard_or_showcase_or_storage_rack box
 traveling_case_or_trolley_case basket bag_or_package trash_can cage plate tub_or_bowl_or_pot
 bottle_or_cup barrel fishbowl bed pillow table_or_desk chair_or_seat bench sofa shelf bathtub gun
-commode roaster other_machine refrigerator washing_machine microwave_oven fan curtain textiles clothes
-painting_or_poster mirror flower_pot_or_vase clock book tool blackboard tissue screen_or_television
-computer printer mobile_phone keyboard other_electronic_product fruit food instrument train
+commode roaster other_machine refrigerator washing_machine microwave_oven fan curtain textiles
+clothes painting_or_poster mirror flower_pot_or_vase clock book tool blackboard tissue
+screen_or_television computer printer mobile_phone keyboard other_electronic_product fruit food
+instrument train
 """.split()
 CITYSCAPES_CLASSES = """
-road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider
-car truck bus train motorcycle bicycle
+road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person
+rider car truck bus train motorcycle bicycle
 """.split()
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
@@ -82,7 +84,7 @@ CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 
 
 @dataclass(frozen=True)
 class Video:
-    """One video: its frames in order and, one for each, their label maps, None where there is none."""
+    """One video: its frames in order, and for each its label map, or None where it has none."""
     name: str
     frames: Sequence[Path]
     masks: Sequence[Path | None]
@@ -90,7 +92,7 @@ class Video:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that aren't blank, stripped. UTF-8, or UTF-16 as Windows writes it."""
+    """The non-blank lines of a text file, stripped. UTF-8, or UTF-16 as Windows tools write it."""
     content = path.read_bytes()
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -117,8 +119,8 @@ def read_classes(root: Path, default: Sequence[str] = ()) -> list[str]:
     path = root / "classes.txt"
     if not path.exists():
         if not default:
-            raise InputError(f"{path}: no such file; list the class names in it, one a line, label 1 "
-                             "first (only VSPW does without: --dataset vspw)")
+            raise InputError(f"{path}: no such file; list the class names in it, one a line, "
+                             "label 1 first (only VSPW does without: --dataset vspw)")
         return list(default)
     classes = read_lines(path)
     if not 1 <= len(classes) <= MAX_CLASSES:
@@ -144,10 +146,11 @@ def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: str, roo
         return
 
 
-def read_split(root: Path, split: str, offsets: Sequence[int] = (), sparse: bool = False) -> list[Video]:
+def read_split(root: Path, split: str, offsets: Sequence[int] = (),
+               sparse: bool = False) -> list[Video]:
     """The videos of a split; of Cityscapes only the frames at `offsets` from the labelled ones.
 
-    Where `sparse`, frames may lack masks, but not all of a video's. The errors name what is missing.
+    Where `sparse`, frames may lack masks, but not all of a video's. Errors name what is missing.
     """
     if is_cityscapes(root):
         return read_cityscapes(root, split, offsets)
@@ -233,8 +236,8 @@ def list_frames(folder: Path, why: str = "") -> list[Path]:
         if suffix in FRAME_SUFFIXES:
             frames.append(path)
         elif suffix in Image.registered_extensions():
-            raise InputError(f"{path}: frames are {', '.join(FRAME_SUFFIXES)}; convert it, or remove "
-                             "it from the folder")
+            raise InputError(f"{path}: frames are {', '.join(FRAME_SUFFIXES)}; convert it, or "
+                             "remove it from the folder")
     if not frames:
         raise InputError(f"{folder}: no such folder, or no frames in it "
                          f"({', '.join(FRAME_SUFFIXES)}){why}")
@@ -270,7 +273,7 @@ def read_frame(path: Path) -> Image.Image:
     if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
         if alpha.getextrema()[0] < 255:
-            raise InputError(f"{path}: has transparent pixels; save the frames without transparency")
+            raise InputError(f"{path}: has transparent pixels; save frames without transparency")
     return image.convert("RGB")
 
 
@@ -295,8 +298,8 @@ def read_index_map(path: Path, size: tuple[int, int]) -> Image.Image:
         raise InputError(f"{path}: is not a PNG inside; a mask must be one, because other formats "
                          "change values")
     if image.mode.startswith("RGB"):
-        raise InputError(f"{path}: is a colour picture in mode {image.mode} ({colours_of(image)}); a "
-                         "mask is a grey or palette PNG, in which a pixel's value is its class")
+        raise InputError(f"{path}: is a colour picture in mode {image.mode} ({colours_of(image)}); "
+                         "a mask is a grey or palette PNG, in which a pixel's value is its class")
     if image.mode not in ("1", "L", "P") or image.size != size:
         raise InputError(f"{path}: {image.size} in mode {image.mode}; a mask has its frame's size, "
                          f"here {size}, and is an 8-bit single-channel image (mode L or P)")
@@ -311,7 +314,9 @@ def colours_of(image: Image.Image) -> str:
     """Up to ten colours of an image, for an error message."""
     colours = np.unique(np.array(image.convert("RGB")).reshape(-1, 3), axis=0)
     shown = ", ".join(str(tuple(colour)) for colour in colours[:10].tolist())
-    return f"colours {shown}" if len(colours) <= 10 else f"{len(colours)} colours, among them {shown}"
+    if len(colours) <= 10:
+        return f"colours {shown}"
+    return f"{len(colours)} colours, among them {shown}"
 
 
 def read_labels(path: Path, size: tuple[int, int], num_classes: int) -> Image.Image:
@@ -338,7 +343,8 @@ def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
     """Look through masks until two classes are found. InputError if no pixel has any; if all that
     have one have the same, a line on stderr says so."""
     by_video = [[mask for mask in video.masks if mask] for video in videos]
-    masks = [mask for mask in chain(*zip_longest(*by_video)) if mask]   # the first of each video first
+    first_ones_first = chain(*zip_longest(*by_video))       # the first mask of each video, ...
+    masks = [mask for mask in first_ones_first if mask]
     found: set[int] = set()
     for mask in masks:
         labels = read_labels(mask, read_image(mask).size, len(classes))
@@ -358,7 +364,7 @@ def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
 # ------------------------------------------------------------------ into and out of the network
 
 def fit(size: tuple[int, int], long: float, short: float) -> tuple[int, int]:
-    """(width, height) scaled until the long side is at most `long` and the short at most `short`."""
+    """(width, height) scaled so that the long side fits into `long`, the short into `short`."""
     scale = min(long / max(size), short / min(size))
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
@@ -391,7 +397,7 @@ def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequenc
     columns, column_weights = positions_read(w, network_size[1], frame_size[1])
     rows, columns = rows.to(logits.device), columns.to(logits.device)
     lowest = highest = logits.max(0).indices.to(torch.uint8)            # (h, w)
-    for dim, positions in ((1, columns), (0, rows)):                    # over all that a pixel reads
+    for dim, positions in ((1, columns), (0, rows)):                    # of all that a pixel reads
         lowest = extremum(lowest, positions, dim, torch.minimum)
         highest = extremum(highest, positions, dim, torch.maximum)
     mask = lowest                                                       # (H, W)
@@ -413,7 +419,7 @@ def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequenc
 
 @lru_cache(maxsize=16)
 def positions_read(size: int, network_size: int, frame_size: int) -> tuple[Tensor, Tensor]:
-    """Where the pixels of a side read from after both resizes, and the weights: (frame_size, few)."""
+    """Where the pixels of a side read from after both resizes, and weights: (frame_size, few)."""
     matrix = bilinear_matrix(network_size, frame_size) @ bilinear_matrix(size, network_size)
     read = matrix > 0
     few = int(read.sum(1).max())
@@ -430,7 +436,8 @@ def extremum(x: Tensor, positions: Tensor, dim: int, of_two) -> Tensor:
     return result
 
 
-def decode_everywhere(logits: Tensor, network_size: Sequence[int], frame_size: Sequence[int]) -> Tensor:
+def decode_everywhere(logits: Tensor, network_size: Sequence[int],
+                      frame_size: Sequence[int]) -> Tensor:
     """`decode_mask` at every pixel, in bands that stay in a CPU's cache."""
     h, w = logits.shape[1:]
     rows = bilinear_matrix(network_size[0], frame_size[0]) @ bilinear_matrix(h, network_size[0])
@@ -476,8 +483,8 @@ class ClipDataset(torch.utils.data.Dataset):
         self.too_short = len(videos) - len(self.videos)
         if not self.videos:
             raise InputError(f"none of the {len(videos)} training videos has a labelled frame with "
-                             f"others {max(offsets)} frames before or after it; give smaller offsets "
-                             "(--dilation)")
+                             f"others {max(offsets)} frames before or after it; give smaller "
+                             "offsets (--dilation)")
 
     def both_ways(self, video: Video) -> list[tuple[Video, list[int]]]:
         """A video forwards and backwards, each with its possible targets: labelled, with all
@@ -541,7 +548,8 @@ class ClipDataset(torch.utils.data.Dataset):
             top = rng.integers(size[1] - crop[1] + 1)
             right, bottom = left + crop[0], top + crop[1]
             box = left * x_scale, top * y_scale, right * x_scale, bottom * y_scale
-            counts = label.resize(crop, Image.Resampling.NEAREST, box).histogram()[:self.num_classes]
+            part = label.resize(crop, Image.Resampling.NEAREST, box)
+            counts = part.histogram()[:self.num_classes]
             present = sum(count > 0 for count in counts)
             if present > 1 and max(counts) < MAX_CLASS_SHARE * sum(counts):
                 break
@@ -636,7 +644,7 @@ def synthetic_video(rng: np.random.Generator) -> Iterator[tuple[Image.Image, Ima
     width, height = SYNTHETIC_SIZE
     y, x = np.mgrid[:height, :width].astype(np.float32)
 
-    # Everything is drawn as Y, Cb, Cr: textures, which are the classes, are in Y, colours in Cb, Cr.
+    # Everything is drawn as Y, Cb, Cr: textures, which tell the classes, in Y, colours in Cb, Cr.
     background = np.stack([110 + 30 * smooth_noise(rng, 24),
                            128 + 12 * smooth_noise(rng, 32),
                            128 + 12 * smooth_noise(rng, 32)])
@@ -728,7 +736,7 @@ def spoil(picture: np.ndarray, moment: str, rng: np.random.Generator):
 # ------------------------------------------------------- files, progress and errors of the scripts
 
 def write_whole(path: Path, content: bytes | memoryview, durable: bool = False):
-    """Write a file whole or not at all; OSError with its path. `durable`: even if the power fails."""
+    """Write a file whole or not at all, if `durable` even in a power cut. OSError with its path."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -781,8 +789,8 @@ def file_path(text: str) -> Path:
 
 
 def refuse_to_overwrite(path: Path, instead: str = "give another name"):
-    """InputError where there is a file, or a folder with something in it. Half-written files, *.tmp,
-    are nothing."""
+    """InputError where there is a file, or a folder with something in it other than half-written
+    files, *.tmp."""
     if path.is_file() or path.is_dir() and any(x.suffix != ".tmp" for x in path.iterdir()):
         raise InputError(f"{path}: exists already, and nothing is overwritten; {instead}")
 
@@ -820,15 +828,28 @@ def run_script(main: Callable[[], None]):
 
     Python's own development mode, `python -X dev train.py`, shows where the line comes from.
     """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, interrupt)
     out, err = SafeStream(sys.stdout), SafeStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main()
-        except (InputError, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        except (InputError, OSError, MemoryError, torch.OutOfMemoryError,
+                KeyboardInterrupt) as error:
             if sys.flags.dev_mode:
                 raise
             print(f"{Path(sys.argv[0]).name}: {in_one_line(error)}", file=sys.stderr)
             sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+        finally:
+            out.flush()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def interrupt(number: int, _):
+    """Answer Ctrl-C; the next one ends the process, whatever it does."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 def in_one_line(error: BaseException) -> str:

@@ -28,12 +28,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, MAX_CLASSES,
-                  VSPW_CLASSES, ArgumentParser, Video, check_labels, check_same_classes, decode_mask,
-                  file_path, fit, is_cityscapes, list_frames, network_input, positive, progress,
-                  read_classes, read_frame, read_frames, read_image, read_index_map, read_labels,
+                  VSPW_CLASSES, ArgumentParser, Video, check_labels, check_same_classes,
+                  decode_mask, file_path, fit, is_cityscapes, list_frames, network_input, positive,
+                  progress, read_classes, read_frame, read_frames, read_index_map, read_labels,
                   read_split, refuse_to_overwrite, run_script, write_image, write_whole)
-from mrcfa import (MRCFA, OFFSETS, build_model, load_checkpoint, load_weights, reference_indices,
-                   rename_official)
+from mrcfa import (MRCFA, OFFSETS, build_model, load_checkpoint, load_weights, naming,
+                   reference_indices, rename_official)
 from segformer import (EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, read_checkpoint,
                        read_state_dict, rename, some_keys)
 
@@ -77,8 +77,8 @@ class SegmentationMetrics:
         right_shape = labels.ndim == 3 and labels.shape == predictions.shape
         if not right_shape or labels.is_floating_point() or predictions.is_floating_point():
             raise InputError(f"labels {labels.dtype} {tuple(labels.shape)} and predictions "
-                             f"{predictions.dtype} {tuple(predictions.shape)} must both be integers "
-                             "and (frames, H, W)")
+                             f"{predictions.dtype} {tuple(predictions.shape)} must both be "
+                             "integers and (frames, H, W)")
         self.start_video()
         for label, prediction in zip(labels, predictions, strict=True):
             self.add_frame(label, prediction)
@@ -282,7 +282,8 @@ def saved_masks(video: Video, folder: Path, num_classes: int) -> Iterator[np.nda
 
 def score_video(video: Video, methods: Sequence[Method], metrics: Sequence[SegmentationMetrics]
                 ) -> Iterator[tuple[int, np.ndarray | None, tuple]]:
-    """Count a video in the metrics, frame by frame: its number, labels or None, each method's mask."""
+    """Count a video in the metrics -> of each frame its number, its labels or None, and each
+    method's mask."""
     predictions = zip(*(method.predict(video) for method in methods), strict=True)
     for t, masks in enumerate(predictions):
         label = None
@@ -304,8 +305,8 @@ def evaluate(methods: Sequence[Method], videos: Sequence[Video], classes: Sequen
     """Compare each method's masks with the labels -> metrics for each method.
 
     Masks go to the folder `save`, and blended with the frames to `overlay`: of all frames, but of
-    Cityscapes' clips of the labelled frame alone. Each of several methods has a folder in there. The
-    first videos are drawn in `pictures`. In a torch.distributed group the processes share the
+    Cityscapes' clips of the labelled frame alone. Each of several methods has a folder in there.
+    The first videos are drawn in `pictures`. In a torch.distributed group the processes share the
     videos, and all get the same metrics.
     """
     metrics = [SegmentationMetrics(len(classes)) for _ in methods]
@@ -390,15 +391,14 @@ def load_released(path: Path, variant: str) -> tuple[nn.Module, dict]:
     try:
         state = read_state_dict(path)
     except InputError as error:
-        message = str(error)
-        raise InputError(message if str(path) in message else f"{path}: {message}") from None
+        raise naming(path, error) from None
     if "decode_head.sr1_feat.weight" in state:
         renamed = rename_official(state)
     else:
         renamed = state if "value.weight" in state else rename(state)
     if "classifier.1.bias" not in renamed:
-        raise InputError(f"{path}: no whole MRCFA or SegFormer in it, which would have a classifier; "
-                         f"it holds {some_keys(state)}")
+        raise InputError(f"{path}: no whole MRCFA or SegFormer in it, which would have a "
+                         f"classifier; it holds {some_keys(state)}")
     num_classes = len(renamed["classifier.1.bias"])
     arguments = {"variant": variant, "num_classes": num_classes}
     stride = 32
@@ -454,7 +454,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--split", default="val", metavar="NAME",
                        help="which videos: those that DIR/NAME.txt lists")
     group.add_argument("--labels", choices=("dense", "sparse"), default="dense",
-                       help="sparse: some frames have no mask, as in videos that you label yourself")
+                       help="sparse: frames may lack masks, as in videos that you label yourself")
     group.add_argument("--frames", type=file_path, metavar="DIR",
                        help="instead of --data a folder of frames without labels, for --save and "
                             "--overlay")
@@ -463,11 +463,11 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--overlay", type=file_path, metavar="DIR",
                        help="new folder for the masks over their frames, with a legend")
     group.add_argument("--pictures", type=file_path, metavar="DIR",
-                       help=f"new folder for pictures of the first {PICTURED_VIDEOS} videos, moving "
-                            "and as sheets")
+                       help=f"new folder for pictures of the first {PICTURED_VIDEOS} videos, "
+                            "moving and as sheets")
     group.add_argument("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
-                       help="draw what one pixel of a frame of --data, counted from 0, finds in its "
-                            "references, into --pictures")
+                       help="draw what one pixel of a frame of --data, counted from 0, finds in "
+                            "its references, into --pictures")
     group.add_argument("--json", type=file_path, metavar="FILE", help="new file for the metrics")
     group.add_argument("--per-class", action="store_true", help="print each class's IoU, too")
     group.add_argument("--single-frames", action="store_true",
@@ -503,7 +503,8 @@ def add_device_arguments(parser: argparse.ArgumentParser):
     if torch.cuda.is_available():
         devices.insert(0, "cuda")
     group = parser.add_argument_group("device")
-    group.add_argument("--device", choices=devices, default=devices[0], help="where the network runs")
+    group.add_argument("--device", choices=devices, default=devices[0],
+                       help="where the network runs")
     group.add_argument("--amp", choices=AMP, help="mixed precision: faster, a little less exact")
     group.add_argument("--compile", action="store_true",
                        help="torch.compile the network: pays after some minutes")
@@ -514,13 +515,13 @@ def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
     if not args.benchmark and not args.data and not (args.checkpoint and args.frames):
         parser.error("--data DIR is missing, or --frames DIR to segment with --checkpoint FILE")
     if args.frames and (args.json or args.pictures or not (args.save or args.overlay)):
-        parser.error("--frames have no labels: they need --save DIR for the masks or --overlay DIR, "
-                     "and nothing else")
+        parser.error("--frames have no labels: they need --save DIR for the masks or "
+                     "--overlay DIR, and nothing else")
     if args.explain:
         one = args.checkpoint and len(args.checkpoint) == 1 and args.pictures and args.data
         if not one or args.save or args.overlay or args.json:
-            parser.error("--explain needs one --checkpoint FILE, --data DIR and --pictures DIR, and "
-                         "nothing else")
+            parser.error("--explain needs one --checkpoint FILE, --data DIR and --pictures DIR, "
+                         "and nothing else")
 
 
 def main():
@@ -584,8 +585,8 @@ def run(args: argparse.Namespace):
         print(table(names, list(zip(classes, ious.tolist(), strict=True))))
     unlabelled = sum(video.masks.count(None) for video in videos if not video.offsets)
     if unlabelled and (args.save or args.overlay):
-        print(f"all masks are predictions; {unlabelled} of them are of frames without labels, which "
-              "count in no metric")
+        print(f"all masks are predictions; {unlabelled} of them are of frames without labels, "
+              "which count in no metric")
 
 
 def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]:
@@ -645,8 +646,8 @@ def references_of(configs: Sequence[dict], data: Path) -> tuple[int, ...]:
     found = {tuple(config["offsets"]) for config in configs if config.get("offsets")}
     if len(found) > 1 and is_cityscapes(data):
         raise InputError(f"{data}: clips of Cityscapes are made for one model's references, but "
-                         f"these lie {sorted(found)} frames back; evaluate one checkpoint at a time, "
-                         "or give one --dilation")
+                         f"these lie {sorted(found)} frames back; evaluate one checkpoint at a "
+                         "time, or give one --dilation")
     return max(found, default=())
 
 
@@ -659,7 +660,8 @@ def make_palette() -> list[int]:
         hue = k * 0.618034 % 1
         saturation = 0.55 + k % 3 / 5
         brightness = 0.95 - k // 3 % 3 / 5
-        palette += [round(255 * value) for value in colorsys.hsv_to_rgb(hue, saturation, brightness)]
+        rgb = colorsys.hsv_to_rgb(hue, saturation, brightness)
+        palette += [round(255 * value) for value in rgb]
     return palette + 3 * [255] + 3 * [0]        # WRONG is white, IGNORE black
 
 
@@ -790,7 +792,7 @@ class Album:
                     duration=150, loop=0)
         shown = evenly(self.rows, SHEET_FRAMES)
         blank = Image.new("RGB", key.size, "white")
-        lines = [list(line) for line in zip(*shown, strict=True)]   # a line of frames, of labels ...
+        lines = [list(line) for line in zip(*shown, strict=True)]   # of frames, of labels, ...
         for i, line in enumerate(lines):
             line.append(blank if i else key)
         write_image(tile(lines), path.with_name(f"{path.name}.png"))
@@ -821,7 +823,7 @@ def explain_pixel(args: argparse.Namespace):
     video = args.explain[0]
     t, x, y = (int(number) if number.isdecimal() else -1 for number in args.explain[1:])
     frames = list_frames(args.data / "data" / video / "origin")
-    width, height = read_image(frames[0]).size
+    width, height = read_frame(frames[0]).size
     first = len(model.offsets)
     if not (first <= t < len(frames) and 0 <= x < width and 0 <= y < height):
         raise InputError(f"--explain {' '.join(args.explain)}: give a frame from {first} to "
@@ -871,7 +873,7 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
 
 
 def reading_steps(model: MRCFA, queries: Sequence[Tensor], reference) -> tuple[Tensor, dict]:
-    """`MRCFA.read` step by step -> the kept tokens (m,), and of each step its images (m, h_l, w_l)."""
+    """`MRCFA.read` step by step -> the kept tokens (m,), and each step's images (m, h_l, w_l)."""
     kept, A2, A3, A4 = model.affinities(queries, reference)
     sar = model.aggregation
     M2 = sar(A2, A3, A4)
@@ -880,13 +882,14 @@ def reading_steps(model: MRCFA, queries: Sequence[Tensor], reference) -> tuple[T
              "MAA: M2": M2, "B: what is read": M2.softmax(1)}
     m = kept.shape[1]
     for name, images in steps.items():
-        steps[name] = images[0].unflatten(0, (m, -1)).mean(1).cpu()     # b1 has two channels a token
+        channels = images[0].unflatten(0, (m, -1))      # b1 has two a token
+        steps[name] = channels.mean(1).cpu()
     return kept[0].cpu(), steps
 
 
 def pixel_maps(steps: dict[str, Tensor], kept: Tensor, place: tuple[float, float],
                grid: tuple[int, int]) -> dict[str, Tensor]:
-    """What the pixel at (x, y), 0 ... 1, has at each token of the grid; NaN where it was dropped."""
+    """What the pixel at (x, y), 0 ... 1, has at each token of the grid, NaN where it's dropped."""
     found = {}
     for name, images in steps.items():
         column, row = int(place[0] * images.shape[2]), int(place[1] * images.shape[1])
@@ -1008,8 +1011,8 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> float:
-    """The most memory in use since the last reset, in MB: the GPU's tensors, or on Linux the process;
-    else NaN."""
+    """The most memory in use since the last reset, in MB: the GPU's tensors, or on Linux the
+    process; else NaN."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)

@@ -3,9 +3,9 @@
 Sun, Liu, Tang, Chhatkuli, Zhang, Van Gool, ECCV 2022, arXiv 2207.10436. A target frame asks with
 queries Q. T-1 earlier reference frames answer with keys K and values V, each by itself:
 
-    cross-frame affinities   A^l = Q^l (K^l)^T at the scales l = 2, 3, 4 (strides 8, 16, 32): for each
-                             token of the reference an image, its affinities to all positions of
-                             the *target*
+    cross-frame affinities   A^l = Q^l (K^l)^T at the scales l = 2, 3, 4 (strides 8, 16, 32): for
+                             each token of the reference an image, its affinities to all positions
+                             of the *target*
     STM, selective           keeps a reference's most important tokens, ranked by A^4: the same
      token masking           tokens at every scale, because MAA adds up the images of *one* token
     SAR, single-scale        2-D convolutions G^l refine each token's image by itself
@@ -214,8 +214,12 @@ class MRCFA(nn.Module):
         self.segformer = SegFormer(variant, num_classes)
         _, c2, c3, c4 = self.segformer.encoder.channels
         s2, s3 = reference_stride // 8, reference_stride // 16
-        self.query2, self.query3, self.query4 = nn.Linear(c2, c2), nn.Linear(c3, c3), nn.Linear(c4, c4)
-        self.key2, self.key3, self.key4 = nn.Linear(c2, c2), nn.Linear(c3, c3), nn.Linear(c4, c4)
+        self.query2 = nn.Linear(c2, c2)
+        self.query3 = nn.Linear(c3, c3)
+        self.query4 = nn.Linear(c4, c4)
+        self.key2 = nn.Linear(c2, c2)
+        self.key3 = nn.Linear(c3, c3)
+        self.key4 = nn.Linear(c4, c4)
         self.reduce2 = nn.Conv2d(c2, c2, s2, stride=s2)
         self.reduce3 = nn.Conv2d(c3, c3, s3, stride=s3)
         self.value = nn.Conv2d(EMBED_DIM, EMBED_DIM, s2, stride=s2)
@@ -388,9 +392,9 @@ def mrcfa_loss(frame_logits: Tensor, clip_logits: Tensor, labels: Tensor,
                ignore_index: int = 255) -> Tensor:
     """0.5 CE(frame_logits, each frame's labels) + CE(all T clip_logits, the target's labels).
 
-    Both logits are (B, T, K, h, w). Labels are (B, T, H, W) int64, or (B, H, W) when only the target
-    is labelled: then the first term takes the target's frame_logits alone. Each CE is a mean over
-    all pixels, ignored ones included. -> a scalar.
+    Both logits are (B, T, K, h, w). Labels are (B, T, H, W) int64, or (B, H, W) when only the
+    target is labelled: then the first term takes the target's frame_logits alone. Each CE is a mean
+    over all pixels, ignored ones included. -> a scalar.
     """
     if labels.ndim == 3:
         labels = labels[:, None]
@@ -419,7 +423,7 @@ def load_checkpoint(path) -> tuple[nn.Module, dict]:
         model = build_model(config["model"], model_arguments(config))
         load_strictly(model, read_state_dict(checkpoint.get("model")))
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise naming(path, error) from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: its 'config' isn't one of train.py's ({error!r})") from None
     return model.eval(), config
@@ -464,13 +468,18 @@ def load_weights(model: nn.Module, path):
             print("classifiers are of other classes and begin anew", file=sys.stderr)
         state = {key: value for key, value in state.items() if key not in other_classes}
         load_strictly(model, state, tuple(other_classes))
-    except ValueError as error:
-        message = str(error)
-        raise InputError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+    except InputError as error:
+        raise naming(path, error) from None
+
+
+def naming(path, error: InputError) -> InputError:
+    """The same error, with the path of the file before it."""
+    message = str(error)
+    return InputError(message if message.startswith(str(path)) else f"{path}: {message}")
 
 
 def load_official(model: MRCFA, source):
-    """Load a released MRCFA checkpoint, a path or a state dict; ValueError unless every key fits."""
+    """Load a released MRCFA checkpoint, a path or a state dict. ValueError unless all keys fit."""
     load_strictly(model, rename_official(read_state_dict(source)))
 
 

@@ -146,9 +146,9 @@ class Stage(nn.Module):
 
 
 class MixVisionTransformer(nn.Module):
-    """MiT encoder: images (B, 3, H, W) -> [F_1, F_2, F_3, F_4], F_l (B, C_l, H/s, W/s), s = 4 ... 32.
+    """MiT encoder: images (B, 3, H, W) -> [F_1, F_2, F_3, F_4], F_l (B, C_l, H/s, W/s).
 
-    Raises ValueError where H or W is no multiple of 32.
+    The strides s are 4, 8, 16 and 32. Raises ValueError where H or W is no multiple of 32.
     """
 
     def __init__(self, channels: tuple[int, ...], depths: tuple[int, ...], drop_path: float = 0.1):
@@ -346,9 +346,11 @@ def load_pretrained(module: nn.Module, source):
             f"'layers.0.0.projection.weight', found {some_keys(state)}")
     if isinstance(segformer, MixVisionTransformer):
         prefix = "encoder."
-        encoder = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        others = {k: v for k, v in state.items() if not k.startswith((prefix, "head.", "classifier."))}
-        load_strictly(segformer, encoder | others)
+        encoder = {}
+        for key, value in state.items():
+            if not key.startswith(("head.", "classifier.")):
+                encoder[key.removeprefix(prefix)] = value
+        load_strictly(segformer, encoder)
         return
 
     skipped = parts_to_skip(state, segformer, inside_mrcfa=segformer is not module)
@@ -402,7 +404,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[s
 
 
 def variant_of(state: dict[str, Tensor]) -> str | None:
-    """The MiT variant in a state dict of our naming, by widths and depths; None if it isn't whole."""
+    """The MiT variant in a state dict of our naming, by widths and depths. None if it has none."""
     widths, depths = {}, {}
     for key, value in state.items():
         if match := re.search(r"stages\.(\d)\.embed\.bias$", key):
@@ -418,8 +420,11 @@ def variant_of(state: dict[str, Tensor]) -> str | None:
 def read_checkpoint(path) -> dict:
     """The dict in a checkpoint file, read with `weights_only=True`; ValueError for other files."""
     path = Path(path)
-    with open(path, "rb") as file:
-        start = file.read(32).lstrip()
+    try:
+        with open(path, "rb") as file:
+            start = file.read(32).lstrip()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
@@ -436,8 +441,8 @@ def read_safetensors(path: Path) -> dict:
     try:
         from safetensors.torch import load_file  # optional: needed for this format alone
     except ImportError:
-        raise InputError(f"{path}: needs the safetensors package (pip install safetensors); or give "
-                         "the same weights as pytorch_model.bin") from None
+        raise InputError(f"{path}: needs the safetensors package (pip install safetensors); or "
+                         "give the same weights as pytorch_model.bin") from None
     try:
         return load_file(path)
     except Exception:
@@ -499,7 +504,7 @@ ROOTS = re.compile(r"(backbone|decode_head|segformer|encoder|head|classifier|sta
 
 
 def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights without the `module.`, `model.`, `_orig_mod.` ... that wrappers put before the keys."""
+    """Weights without the `module.`, `model.`, `_orig_mod.` ... that wrappers put before keys."""
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
     while True:
         first = {key.partition(".")[0] for key in state}
@@ -535,7 +540,7 @@ def count_from_zero(match: re.Match) -> str:
 
 
 def join_keys_and_values(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Attention has one Linear for q and one for k and v here. Others have three, or one for all."""
+    """Attention has a Linear for q and one for k and v here; others have three, or one for all."""
     joined = {}
     for key, value in state.items():
         place, _, kind = key.rpartition(".")

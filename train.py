@@ -83,7 +83,7 @@ LOADER_ENDED = re.compile(r"DataLoader worker \(pid|shared memory|ancdata|Too ma
 
 
 def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The training loss of clips (B, T, 3, h, w) and labels (B, T, h, w), or (B, h, w) of targets."""
+    """The loss of clips (B, T, 3, h, w) with labels (B, T, h, w), or the targets' (B, h, w)."""
     if isinstance(getattr(model, "module", model), MRCFA):
         frame_logits, clip_logits = model(images)
         return mrcfa_loss(frame_logits, clip_logits, labels)
@@ -94,8 +94,8 @@ def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tor
 
 
 def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
-    """AdamW's groups: the encoder, its LayerNorms without decay, and all else at `head_lr` times the
-    rate."""
+    """AdamW's groups: the encoder, its LayerNorms without decay, and all else at `head_lr` times
+    the rate."""
     encoder = getattr(model, "segformer", model).encoder
     norms = set()
     for module in encoder.modules():
@@ -143,7 +143,7 @@ def leave_signals(_: int):
 
 
 class Run:
-    """A training and its folder: model, checkpoints and log. Of several processes, the first writes."""
+    """A training and its folder: model, checkpoints, log. Of several processes the first writes."""
 
     def __init__(self, args: argparse.Namespace, model: nn.Module):
         self.args = args
@@ -172,9 +172,10 @@ class Run:
             network = DistributedDataParallel(self.model)
         if args.compile:
             network.compile()
-        loader = DataLoader(clips, args.batch_size, sampler=self.samples(self.iteration, args.iters),
-                            num_workers=args.workers, collate_fn=collate_clips,
-                            worker_init_fn=leave_signals, pin_memory=args.device.type == "cuda")
+        samples = self.samples(self.iteration, args.iters)
+        loader = DataLoader(clips, args.batch_size, sampler=samples, num_workers=args.workers,
+                            collate_fn=collate_clips, worker_init_fn=leave_signals,
+                            pin_memory=args.device.type == "cuda")
         batches = iter(loader)
         with progress(total=args.iters, initial=self.iteration, desc=args.model, unit="it",
                       disable=self.rank > 0) as bar:
@@ -185,7 +186,7 @@ class Run:
                     self.evaluate(val, last)
                 if last:
                     return
-                loss, stop = self.step(network, batches)
+                stop = self.step(network, batches)
                 lr = self.optimizer.param_groups[0]["lr"]
                 mean_loss = float(np.mean(self.losses))
                 bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}", refresh=False)
@@ -208,8 +209,8 @@ class Run:
             samples += range(first, first + self.args.batch_size)
         return samples
 
-    def step(self, network: nn.Module, batches) -> tuple[float, bool]:
-        """One iteration -> its loss, of all processes, and whether one of them was told to stop."""
+    def step(self, network: nn.Module, batches) -> bool:
+        """One iteration -> whether this process, or one of the others, was told to stop."""
         args = self.args
         factor = lr_factor(self.iteration, args.iters, args.warmup)
         for group in self.optimizer.param_groups:
@@ -237,7 +238,7 @@ class Run:
         self.scaler.update()
         self.losses.append(loss)
         self.iteration += 1
-        return loss, stop > 0
+        return stop > 0
 
     def seed_dropout(self, batch: int):
         """Let the random numbers of dropout depend on the seed, the batch and the process alone."""
@@ -279,7 +280,9 @@ class Run:
         methods = [Method(args.model, partial(segment, model=self.model))]
         if last and isinstance(self.model, MRCFA):
             methods.append(Method("single_frames", partial(segment, model=self.model.segformer)))
-        self.evaluating = True
+        self.evaluating = True      # from here on a signal is answered at once
+        if self.signal:
+            raise KeyboardInterrupt
         results = evaluate(methods, videos, args.classes, pictures=args.out / "pictures")
         self.evaluating = False
         metrics = results[0].compute()
@@ -353,8 +356,8 @@ class Run:
     def leave(self, how: str):
         """End the process, and say how to go on."""
         if self.rank == 0:
-            print(f"\n{how} at iteration {self.iteration}; to go on: {resume_command(self.args.out)}",
-                  file=sys.stderr)
+            print(f"\n{how} at iteration {self.iteration}; to go on: "
+                  f"{resume_command(self.args.out)}", file=sys.stderr)
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
@@ -382,7 +385,7 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--data", type=file_path, metavar="DIR",
                        help=f"data folder; the synthetic videos are made in {SYNTHETIC} by default")
     group.add_argument("--labels", choices=("dense", "sparse"), default="dense",
-                       help="sparse: some frames have no mask, as in videos that you label yourself")
+                       help="sparse: frames may lack masks, as in videos that you label yourself")
     group.add_argument("--out", type=file_path, metavar="DIR",
                        help="folder of this run, by default runs/MODEL; an existing one is only "
                             "ever continued")
@@ -407,8 +410,8 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--dilation", dest="offsets", type=positive, nargs="+", default=OFFSETS,
                        metavar="N", help="frames back to the references")
     group.add_argument("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"),
-                       help="scale frames to fit this, here and in evaluation; smaller is faster and "
-                            "coarser")
+                       help="scale frames to fit this, here and in evaluation; smaller is faster "
+                            "and coarser")
     group.add_argument("--scale-range", type=float, nargs=2, metavar=("MIN", "MAX"),
                        help="random factor on that; 1 1: as it is")
     group.add_argument("--crop", type=positive, nargs=2, metavar=("H", "W"),
@@ -434,8 +437,8 @@ def make_parser() -> ArgumentParser:
                        help="leave the SegFormer of --pretrained as it is and train the affinities "
                             "alone: fast, and single frames stay as good as they were")
     group.add_argument("--positive-kernels", action=argparse.BooleanOptionalAction,
-                       help="begin SAR's and MAA's convolutions with positive kernels, which learns "
-                            "faster; the paper's may invert")
+                       help="begin SAR's and MAA's convolutions with positive kernels, which "
+                            "learns faster; the paper's may invert")
     group.add_argument("--keep-ratio", type=float, metavar="P",
                        help="share of tokens that STM keeps, if not the paper's; 1: all")
     group.add_argument("--no-refine", dest="refine", action="store_false", help="leave out SAR")
@@ -497,7 +500,8 @@ def train(args: argparse.Namespace):
         instead = f"go on with that run ({resume_command(args.out)}) or name another folder (--out)"
         refuse_to_overwrite(args.out, instead)
     new = not args.out.exists()
-    if args.dataset == "synthetic" and not args.data.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if args.dataset == "synthetic" and first_here and not args.data.exists():
         write_synthetic(args.data)
     if dist.is_initialized():
         dist.barrier()          # until the videos are there, and all have seen that the run isn't
@@ -525,9 +529,9 @@ def train(args: argparse.Namespace):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     run = Run(args, model.to(args.device))
     if run.rank == 0 and clips.too_short:
-        print(f"warning: {clips.too_short} of {len(videos)} training videos are left out: no labelled "
-              f"frame of theirs has references {max(args.offsets)} frames away (--dilation)",
-              file=sys.stderr)
+        print(f"warning: {clips.too_short} of {len(videos)} training videos are left out: no "
+              f"labelled frame of theirs has references {max(args.offsets)} frames away "
+              "(--dilation)", file=sys.stderr)
     if args.resume:
         run.resume(read_run(args.out / "last.pt"))
     else:
@@ -546,6 +550,8 @@ def train(args: argparse.Namespace):
         raise InputError(f"a process that loads clips ended: {str(error).strip().splitlines()[-1]} "
                          "Was it out of memory? Try fewer --workers. To go on: "
                          f"{resume_command(args.out)}") from None
+    if run.signal:
+        run.leave("stopped")
     if run.rank == 0:
         print(f"the run is in {args.out}: checkpoints, log and pictures")
 
