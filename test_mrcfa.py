@@ -1,7 +1,7 @@
 """Everything that the five scripts promise, at tiny sizes.
 
-The golden numbers come from the released MRCFA code: its answers, at six places of each output, to weights and clips
-that are functions of a name and a seed (`tensor_for`, `clip_for`).
+The golden numbers come from the released MRCFA code: its answers, at six places of each output,
+to weights and clips that are functions of a name and a seed (`tensor_for`, `clip_for`).
 """
 
 import argparse
@@ -44,7 +44,7 @@ from segformer import MIT_VARIANTS, InputError, SegFormer, load_pretrained, mit,
 torch.set_num_threads(1)  # at tiny sizes as fast as more, and in several processes at once faster
 
 
-# ----------------------------------------------------------------------------------- the released code's checkpoints
+# ------------------------------------------------------------------ the released code's checkpoints
 
 
 def tensor_for(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -325,7 +325,7 @@ def released(request):
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- parity
+# ------------------------------------------------------------------------------------------- parity
 
 
 def test_inference_answers_as_the_released_code(released):
@@ -397,7 +397,7 @@ def test_every_released_key_of_the_other_variants_is_used(variant, stride):
     load_official(MRCFA(variant, 3, stride), official_state(variant, 3, stride))
 
 
-# --------------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 def tiny(classes=5, stride=32, offsets=(9, 6, 3)) -> MRCFA:
@@ -486,7 +486,7 @@ def test_reference_indices_follow_the_protocol():
 
 
 def test_target_reads_only_what_it_is_given():
-    """Logits change with each reference, and selective token masking at p -> 0 leaves one token of each."""
+    """Logits change with each reference, and STM at p -> 0 leaves one token of each."""
     model, clip = tiny(), torch.randn(1, 4, 3, 64, 96)
     with torch.no_grad():
         before = model(clip)
@@ -591,7 +591,7 @@ def test_model_refuses_what_it_cannot_take():
             MRCFA(**{"variant": "b0", **wrong})
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 def test_nvlabs_weights_go_into_encoder_segformer_and_mrcfa(tmp_path):
@@ -796,11 +796,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_pretrained(SegFormer("b0", 5), {0: torch.zeros(1)})
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def drifting_videos(seed=0, height=24, width=32, classes=124):
-    """Labels that drift slowly and predictions that flicker around them, for which the released metrics are known."""
+    """Labels that drift slowly and predictions that flicker around them, of known metrics."""
     rng = np.random.RandomState(seed)
     for length in (20, 17, 16, 31):
         scene = (
@@ -872,13 +872,13 @@ def test_masks_decode_as_two_interpolations_and_argmax():
     assert torch.equal(decode_mask(logits, (32, 48), (37, 41)).long(), full.argmax(0))
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 CLASSES = ["sky", "road", "car"]
 
 
 def write_videos(root: Path, lengths: dict[str, int], size=(96, 64)) -> Path:
-    """A data folder in the VSPW layout: a bright square (class 2) before two halves; colours tell the classes."""
+    """A data folder in the VSPW layout: a bright square (class 2) before two halves."""
     rng = np.random.default_rng(0)
     root.mkdir(exist_ok=True)
     (root / "classes.txt").write_text("\n".join(CLASSES))
@@ -1016,7 +1016,7 @@ def test_synthetic_videos_hide_what_and_not_where_and_not_in_the_references(
         ]
         labels = [np.array(read_labels(path, data.SYNTHETIC_SIZE, 5)) for path in video.masks]
         assert len(np.unique(labels)) > 1 and (labels[0] != labels[-1]).mean() > 0.05  # things move
-        # Textures are what varies over half a period; noise does so over a pixel and is left out of the comparison.
+        # Textures vary over half a period. Noise varies over a pixel and is left out.
         smooth = [
             F.avg_pool2d(torch.from_numpy(frame)[None], 3, 1, 1)[0].numpy() for frame in frames
         ]
@@ -1044,7 +1044,7 @@ def test_interrupted_synthetic_videos_leave_nothing(few_synthetic, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-# --------------------------------------------------------------------------------------------------------- the scripts
+# -------------------------------------------------------------------------------------- the scripts
 
 
 def run(script, monkeypatch, *args) -> int:
@@ -1196,7 +1196,7 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
 
 
 def write_cityscapes(root: Path) -> Path:
-    """Labelled frames with all frames around them, without those after, and without one of those before."""
+    """Labelled frames with all frames around, with none after, and without one of those before."""
     rng = np.random.default_rng(0)
     for split, city, sequence, target, missing in (
         ("train", "aachen", 0, 19, []),
@@ -1486,7 +1486,7 @@ def test_learning_rate_warms_up_and_falls():
 
 
 def assert_same_run(first: Path, second: Path):
-    """Two runs have the same weights, optimiser and best metric, bit for bit, and the same lines in their logs."""
+    """Two runs have the same weights, optimiser, best metric and log, bit for bit."""
     a, b = (torch.load(path / "last.pt", weights_only=True) for path in (first, second))
     for key in a["model"]:
         assert torch.equal(a["model"][key], b["model"][key]), key
@@ -1505,9 +1505,10 @@ def assert_same_run(first: Path, second: Path):
 
 
 def start_training(args: list, rank: int = 0, ready=None, inside: str = "", moment: int = 0):
-    """The main function of a process of its own: train.py, as one of several where `ready` is a file to meet at.
+    """The main function of a process of its own: train.py, one of several that meet at `ready`.
 
-    It is told to stop in a step ("group"), or killed when it calls os.fsync ("writing"), os.replace ("written") or decode_mask ("evaluation") once too often.
+    It is told to stop in a step ("group"), or killed when it calls os.fsync ("writing"), os.replace
+    ("written") or decode_mask ("evaluation") once too often.
     """
 
     def kill_in(module, name):
@@ -1605,7 +1606,7 @@ def test_killed_training_goes_on_as_if_nothing_had_been(videos, tmp_path, monkey
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     args = ["--data", videos, "--iters", 4, "--save-every", 1, "--eval-every", 2, *SMALL]
     assert run(training, monkeypatch, *args, "--out", whole) == 0
-    # Inside the very first checkpoint, then inside an evaluation, then just before a checkpoint gets its name.
+    # Inside the first checkpoint, inside an evaluation, and before a checkpoint gets its name.
     assert processes(([*args, "--out", killed], 0, None, "writing", 0)) == [-signal.SIGKILL]
     assert processes(([*args, "--out", killed], 0, None, "evaluation", 5)) == [-signal.SIGKILL]
     assert processes((["--resume", "--out", killed], 0, None, "written", 4)) == [-signal.SIGKILL]
@@ -2075,7 +2076,7 @@ def test_a_spoilt_frame_stops_training_from_inside_a_worker(videos, tmp_path, mo
     assert len(error) == 1 and "not a readable image" in error[0]
 
 
-# ------------------------------------------------------------------------------------ real files, real accidents
+# ----------------------------------------------------------------------- real files, real accidents
 
 
 def released_arguments(tmp_path: Path, classes=3, name="released.pth") -> list:
@@ -2392,7 +2393,7 @@ def test_checkpoints_that_are_not_what_was_meant_are_named(videos, tmp_path, mon
         ),
         (
             state,
-            "no whole MRCFA or SegFormer in it, which would have a classifier; it holds 'stages.0.embed.weight'",
+            "which would have a classifier; it holds 'stages.0.embed.weight'",
         ),
     ):
         torch.save(content, tmp_path / "file.pth")
@@ -2494,7 +2495,8 @@ def test_ctrl_c_in_an_evaluation_is_answered_at_once(videos, tmp_path, monkeypat
         args = ["--model", "segformer_b0", "--data", videos, "--out", out, "--iters", 1, *SMALL]
         assert run(training, patch, *args) == 130 and len(seen) < 10
         assert (
-            f"interrupted in the evaluation at iteration 1; to go on: python train.py --resume --out {out}"
+            "interrupted in the evaluation at iteration 1; to go on: "
+            f"python train.py --resume --out {out}"
             in capsys.readouterr().err
         )
         seen.clear()
@@ -2544,7 +2546,7 @@ def test_a_log_that_is_no_terminal_stays_short(videos, tmp_path, monkeypatch, ca
 
 @pytest.fixture(scope="module")
 def all_124_classes(tmp_path_factory) -> Path:
-    """A video of 18 frames in which all 124 classes are present, each a block, and masks that are a bit wrong."""
+    """A video of 18 frames with blocks of all 124 classes, and masks that are a bit wrong."""
     root = tmp_path_factory.mktemp("vspw")
     labels = (
         (1 + np.arange(128) % 124).astype(np.uint8).reshape(8, 16).repeat(8, 0).repeat(8, 1)
@@ -2627,7 +2629,7 @@ def test_released_files_of_known_class_counts_have_names(tmp_path):
     ) == ["class 0", "class 1"]
 
 
-# ------------------------------------------------------------------------------------ few labels
+# --------------------------------------------------------------------------------------- few labels
 
 
 def keep_masks(videos: Path, kept: dict[str, list[int]]):
@@ -2763,14 +2765,15 @@ def test_consistency_counts_windows_that_are_labelled_throughout():
         mask[0, 0] = t == 5
         metrics.add_frame(*(None, None) if t == 10 else (label, mask))
     metrics.end_video()
-    # Windows of 8 end at frames 7 ... 9, all with the pixel that flickers, and 18 ... 38; of 16 at 26 ... 38.
+    # Windows of 8 end at frames 7 ... 9, all with the pixel that flickers, and at 18 ... 38;
+    # windows of 16 at 26 ... 38.
     assert (
         metrics.compute()["mVC8"] == pytest.approx((3 * 3 / 4 + 21) / 24)
         and len(metrics.consistencies[16]) == 13
     )
 
 
-# ---------------------------------------------------------------------------------- beside the network
+# ------------------------------------------------------------------------------- beside the network
 
 
 def blobs(classes=124, size=(60, 108)) -> torch.Tensor:
@@ -2875,7 +2878,7 @@ def test_a_training_step_does_not_starve_an_accelerator(monkeypatch):
     assert operations.count <= 4000
 
 
-# ------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def test_a_checkpoint_rebuilds_its_model(videos, tmp_path, monkeypatch):
@@ -2956,7 +2959,7 @@ def test_a_held_segformer_stays_as_it_was(videos, tmp_path, monkeypatch, capsys)
     )
 
 
-# ------------------------------------------------------------------------------------------------------- and the rest
+# ------------------------------------------------------------------------------------- and the rest
 
 
 def test_segmentation_loss_counts_ignored_pixels():
