@@ -729,8 +729,10 @@ def draw_boxes(image: Image.Image, boxes: Sequence[tuple], font_size: int):
     draw = ImageDraw.Draw(image)
     font = font_of(font_size)
     for left, top, right, bottom, text, colour in boxes:
+        red, green, blue = colour
+        is_dark = 3 * red + 6 * green + blue < 1000
         draw.rectangle((left, top, right, bottom), colour)
-        draw.text((left + 4, top + 2), text, "black", font)
+        draw.text((left + 4, top + 2), text, "white" if is_dark else "black", font)
 
 
 def panel(image: Image.Image, title: str) -> Image.Image:
@@ -786,24 +788,20 @@ class Album:
         """Write PATH.webp and PATH.png, with a legend of all classes beside them."""
         if not self.rows:
             return
-        key = self.legend(self.rows[0][0].size)
-        first, *others = [tile([[*row, key]]) for row in self.rows]
-        write_image(first, path.with_name(f"{path.name}.webp"), save_all=True, append_images=others,
-                    duration=150, loop=0)
+        moments = [self.with_legend(tile([row])) for row in self.rows]
+        write_image(moments[0], path.with_name(f"{path.name}.webp"), save_all=True,
+                    append_images=moments[1:], duration=150, loop=0)
         shown = evenly(self.rows, SHEET_FRAMES)
-        blank = Image.new("RGB", key.size, "white")
-        lines = [list(line) for line in zip(*shown, strict=True)]   # of frames, of labels, ...
-        for i, line in enumerate(lines):
-            line.append(blank if i else key)
-        write_image(tile(lines), path.with_name(f"{path.name}.png"))
+        sheet = tile(zip(*shown, strict=True))          # a line of frames, one of labels, ...
+        write_image(self.with_legend(sheet), path.with_name(f"{path.name}.png"))
 
-    def legend(self, size: tuple[int, int]) -> Image.Image:
-        """The classes' names on their colours: of a panel's height, at least of its width."""
-        width, height = size
-        boxes, needed = legend_boxes(legend_entries(self.areas, self.classes), height, font_size=10)
-        image = Image.new("RGB", (max(width, needed + 2), height), "white")
-        draw_boxes(image, boxes, font_size=10)
-        return image
+    def with_legend(self, image: Image.Image) -> Image.Image:
+        """An image, and beside it the names of all classes on their colours."""
+        entries = legend_entries(self.areas, self.classes)
+        boxes, width = legend_boxes(entries, image.height, font_size=10)
+        legend = Image.new("RGB", (max(width + 2, self.rows[0][0].width), image.height), "white")
+        draw_boxes(legend, boxes, font_size=10)
+        return tile([[image, legend]])
 
 
 def evenly(items: Sequence, count: int) -> list:
