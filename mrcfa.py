@@ -37,13 +37,13 @@ from segformer import (EMBED_DIM, InputError, SegFormer, classifier, load_pretra
 OFFSETS = (9, 6, 3)             # how far back the references lie, in frames, oldest first
 REFERENCE_STRIDE = 32           # r: 32 for VSPW, 16 for Cityscapes
 IMPORTANCE_TOP = 5              # affinities that make up a token's importance
-KEEP_RATIO = 0.5                # p, the share of reference tokens that STM keeps,
-KEEP_RATIO_B0 = 0.8             # and p of b0
-FRAME_LOSS_WEIGHT = 0.5         # of the per-frame logits' loss beside the clip's
+KEEP_RATIO_B0 = 0.8             # p, the share of a reference's tokens that STM keeps: of b0,
+KEEP_RATIO = 0.5                # and of all other variants
+FRAME_LOSS_WEIGHT = 0.5         # weight of the per-frame loss; the clip loss has 1
 
 
 def reference_indices(t: int, offsets: Sequence[int] = OFFSETS) -> list[int]:
-    """The frames that target `t` of a video refers to, oldest first. None for t < T-1.
+    """The frames that target `t` of a video refers to, oldest first; an empty list for t < T-1.
 
     Up to the largest offset they are spread evenly over the frames before t, from frame 0 on.
     """
@@ -87,10 +87,11 @@ def float32(x: Tensor) -> Tensor:
 def full_precision(device: torch.device):
     """Compute in float32 inside, whatever autocast and, on GPUs, the TF32 flags say.
 
-    Affinities are sums without 1/sqrt(d): too large for float16, and too long for TF32's 10 bits.
+    Affinities are sums over all channels that nothing scales down: too large for float16, and of
+    too many terms for TF32's rounding. (torch.compile can't trace the TF32 flags: it leaves them.)
     """
     with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda" or torch.compiler.is_compiling():  # which can't trace the flags
+        if device.type != "cuda" or torch.compiler.is_compiling():
             yield
             return
         matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
@@ -105,11 +106,11 @@ def full_precision(device: torch.device):
 # --------------------------------------------------------------------------------- SAR and MAA
 
 class AffinityRefinement(nn.Module):
-    """SAR's stack G of (convolution, GroupNorm, ReLU): refines each token's image by itself.
+    """A stack G of (convolution, GroupNorm, ReLU), of SAR or MAA: each token's image by itself.
 
     `layers` lists (channels in, channels out, kernel). The images of m tokens go in as
     (B, m c_in, h, w), the c channels of a token side by side, and come out as (B, m c_out, h, w).
-    Without layers nothing is refined.
+    The convolutions see the target's positions; tokens never mix. Without layers nothing changes.
     """
 
     def __init__(self, *layers: tuple[int, int, int]):
@@ -121,8 +122,8 @@ class AffinityRefinement(nn.Module):
             self.norms.append(nn.GroupNorm(1, c_out))
 
     def forward(self, images: Tensor) -> Tensor:
-        # All tokens share the weights. As one convolution with a group for each token, in the
-        # channels-last format that Q K^T comes in, it is far faster than token by token.
+        # All tokens share the weights. One convolution with a group for each token, in the
+        # channels-last format that Q K^T comes in, is far faster than token by token.
         for conv, norm in zip(self.convs, self.norms, strict=True):
             m = images.shape[1] // conv.in_channels
             images = F.conv2d(images, conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m),
@@ -133,17 +134,18 @@ class AffinityRefinement(nn.Module):
 
 
 class AffinityAggregation(nn.Module):
-    """SAR and MAA of one reference: A^2, A^3, A^4 -> M^2, each with an image (h_l, w_l) a token.
+    """SAR and MAA of one reference: A^2, A^3, A^4 -> M^2, an image (h_l, w_l) for each token.
 
     Without `refine` (no SAR) the affinities are merged as they are. Without `aggregate` (no MAA)
-    M^2 = G^32(G^2(A^2)).
+    M^2 = G^32(G^2(A^2)). Kernels and channels are the released code's: b1 alone has stacks of two
+    layers, and two channels for each token from SAR's last layer to MAA's.
     """
 
     def __init__(self, variant: str, refine: bool = True, aggregate: bool = True):
         super().__init__()
         self.aggregate = aggregate
         stack = AffinityRefinement
-        if variant == "b1" and refine:      # two channels a token between first and last layer
+        if variant == "b1" and refine:
             self.g4 = stack((1, 1, 3), (1, 2, 3))
             self.g3 = stack((1, 1, 3), (1, 2, 3))
             self.g2 = stack((1, 1, 5), (1, 2, 3))
@@ -171,7 +173,7 @@ class AffinityAggregation(nn.Module):
 # --------------------------------------------------------------------------------- the model
 
 class Reference(NamedTuple):
-    """Keys and values of reference frames, computed from those frames alone."""
+    """Keys and values of a reference frame, of each of B clips. They depend on that frame alone."""
     key2: Tensor    # K^2 (B, N, C_2)
     key3: Tensor    # K^3 (B, N, C_3)
     key4: Tensor    # K^4 (B, n_4, C_4), on the grid of stride 32
@@ -183,12 +185,13 @@ class MRCFA(nn.Module):
 
     In evaluation: a clip (B, T, 3, H, W), oldest frame first and target last -> the target's logits
     (B, K, H/4, W/4). A clip shorter than T gets the last frame's SegFormer logits.
-    In training: -> (frame_logits, clip_logits), both (B, T, K, H/4, W/4): SegFormer's logits of
-    every frame; the target's from each O_i and, last, from O.
+    In training: -> (frame_logits, clip_logits), both (B, T, K, H/4, W/4). Of frame_logits, each of
+    the T is SegFormer's answer for one frame. All T clip_logits are of the target: read from each
+    of the T-1 O_i alone and, last, from O.
 
     `reference_stride` is r. `offsets` say how far back the T-1 references of a video lie.
-    `keep_ratio=None` is the paper's p for the variant; 1 keeps all tokens (no STM). `refine=False`
-    leaves out SAR, `aggregate=False` MAA.
+    `keep_ratio` is STM's p: None is the paper's for the variant, 1 keeps all tokens (no STM).
+    `refine=False` leaves out SAR, `aggregate=False` MAA.
 
     Raises ValueError for sides that are no multiples of 32, and for a T that is too long or, in
     training, too short.
@@ -249,8 +252,9 @@ class MRCFA(nn.Module):
         past = self.keys_and_values([f[:-batch] for f in features], F_hat[:-batch])
         queries = self.queries([f[-batch:] for f in features])
         outputs = []
-        for key2, key3, key4, value in zip(*(x.split(batch) for x in past), strict=True):
-            reference = Reference(key2, key3, key4, value)
+        for i in range(T - 1):
+            of_frame_i = slice(i * batch, (i + 1) * batch)
+            reference = Reference(*(x[of_frame_i] for x in past))
             outputs.append(self.read(queries, reference))               # O_i (B, 256, h_2, w_2)
         O = self.reconstruct(outputs, F_hat[-batch:])
         logits = self.classify(self.classifier, O)                      # (B, K, h_1, w_1)
@@ -258,8 +262,8 @@ class MRCFA(nn.Module):
             return logits
 
         clip_logits = []
-        for classify_i, O_i in zip(self.auxiliary_classifiers, outputs, strict=True):
-            clip_logits.append(self.classify(classify_i, O_i))
+        for auxiliary, O_i in zip(self.auxiliary_classifiers, outputs, strict=True):
+            clip_logits.append(self.classify(auxiliary, O_i))
         clip_logits.append(logits)
         frame_logits = self.segformer.classifier(fused).unflatten(0, (T, batch)).transpose(0, 1)
         return frame_logits, torch.stack(clip_logits, dim=1)
@@ -275,7 +279,7 @@ class MRCFA(nn.Module):
         return F.avg_pool2d(fused, 2)
 
     def queries(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Q^2, Q^3, Q^4 of target frames, (B, h_l, w_l, C_l), from their [F_1 ... F_4]."""
+        """Q^2, Q^3, Q^4 of the target, (B, h_l, w_l, C_l), from its [F_1 ... F_4]."""
         queries = []
         layers = (self.query2, self.query3, self.query4)
         with full_precision(features[0].device):
@@ -284,46 +288,45 @@ class MRCFA(nn.Module):
         return queries
 
     def keys_and_values(self, features: Sequence[Tensor], F_hat: Tensor) -> Reference:
-        """K and V of reference frames, from their [F_1 ... F_4] and F_hat (B, 256, h_2, w_2)."""
-        _, f2, f3, f4 = features
-        key2 = self.key2(as_sequence(self.reduce2(f2)))
-        key3 = self.key3(as_sequence(self.reduce3(f3)))
-        key4 = self.key4(as_sequence(f4))
-        value = as_sequence(self.value(F_hat))
-        return Reference(float32(key2), float32(key3), float32(key4), float32(value))
+        """K and V of references, from their [F_1 ... F_4] and F_hat (B, 256, h_2, w_2)."""
+        with full_precision(F_hat.device):
+            _, f2, f3, f4 = (float32(feature) for feature in features)
+            key2 = self.key2(as_sequence(self.reduce2(f2)))             # (B, N, C_2)
+            key3 = self.key3(as_sequence(self.reduce3(f3)))             # (B, N, C_3)
+            key4 = self.key4(as_sequence(f4))                           # (B, n_4, C_4)
+            value = as_sequence(self.value(float32(F_hat)))             # (B, N, 256)
+        return Reference(key2, key3, key4, value)
 
     def read(self, queries: Sequence[Tensor], reference: Reference) -> Tensor:
         """What the target reads in one reference: O_i (B, 256, h_2, w_2)."""
         with full_precision(reference.value.device):
             kept, A2, A3, A4 = self.affinities(queries, reference)
             M2 = self.aggregation(A2, A3, A4)                           # (B, m, h_2, w_2)
-            B = as_sequence(M2).softmax(-1)                             # (B, n_2, m), over tokens
-            V = take_tokens(reference.value, kept)                      # (B, m, 256)
-            return as_image(B @ V, M2.shape[-2:])
+            B_i = as_sequence(M2).softmax(-1)                           # (B, n_2, m), over tokens
+            V_i = take_tokens(reference.value, kept)                    # (B, m, 256)
+            return as_image(B_i @ V_i, M2.shape[-2:])
 
     def affinities(self, queries: Sequence[Tensor], reference: Reference) -> tuple[Tensor, ...]:
-        """STM and the cross-frame affinities A^l = Q^l (K^l)^T of the tokens that it keeps.
+        """The cross-frame affinities A^l = Q^l (K^l)^T of the tokens that STM keeps.
 
-        -> which tokens are kept (B, m), and A^2, A^3, A^4, images (B, m, h_l, w_l).
+        -> which tokens are kept (B, m), and A^2, A^3, A^4, images (B, m, h_l, w_l) of the target.
         """
-        Q2, Q3, Q4 = queries
-        grid = Q4.shape[1:3]                                            # h_4, w_4
-        A4 = Q4.flatten(1, 2) @ reference.key4.mT                       # (B, n_4, n_4)
-        kept = self.selective_token_masking(A4, grid)
-        A4 = self.to_reference_stride(A4, grid)                         # (B, n_4, N)
-        A4 = A4.gather(2, kept[:, None].expand(-1, A4.shape[1], -1))    # (B, n_4, m)
-        A3 = Q3.flatten(1, 2) @ take_tokens(reference.key3, kept).mT    # (B, n_3, m)
-        A2 = Q2.flatten(1, 2) @ take_tokens(reference.key2, kept).mT    # (B, n_2, m)
-        A2 = as_image(A2, Q2.shape[1:3])
-        A3 = as_image(A3, Q3.shape[1:3])
-        A4 = as_image(A4, grid)
-        return kept, A2, A3, A4
+        size2, size3, size4 = (Q.shape[1:3] for Q in queries)           # h_l, w_l
+        Q2, Q3, Q4 = (Q.flatten(1, 2) for Q in queries)                 # (B, n_l, C_l)
+        A4_of_all = Q4 @ reference.key4.mT                              # (B, n_4, n_4 of reference)
+        kept = self.selective_token_masking(A4_of_all, size4)           # (B, m)
+
+        A4_of_all = self.to_reference_stride(A4_of_all, size4)          # (B, n_4, N)
+        A4 = take_tokens(A4_of_all.mT, kept).mT                         # (B, n_4, m)
+        A3 = Q3 @ take_tokens(reference.key3, kept).mT                  # (B, n_3, m)
+        A2 = Q2 @ take_tokens(reference.key2, kept).mT                  # (B, n_2, m)
+        return kept, as_image(A2, size2), as_image(A3, size3), as_image(A4, size4)
 
     def selective_token_masking(self, A4: Tensor, grid: Sequence[int]) -> Tensor:
-        """STM: which of a reference's tokens are kept, (B, m), by A^4 (B, n_4, n_4).
+        """STM: which of a reference's tokens are kept, (B, m), by A^4 (B, n_4, n_4 of reference).
 
-        A token is as important as the sum of its 5 largest affinities. The share that is kept is
-        fixed, and m = max(1, int(p N)) with it.
+        A token's importance is the sum of its 5 largest affinities, over all positions of the
+        target. The m = max(1, int(p N)) most important tokens are kept.
         """
         top = min(IMPORTANCE_TOP, A4.shape[1])
         importance = A4.topk(top, dim=1).values.sum(1, keepdim=True)    # (B, 1, n_4)
@@ -332,7 +335,8 @@ class MRCFA(nn.Module):
         return importance.topk(m).indices
 
     def to_reference_stride(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """Rows (B, n, n_4) over a reference's grid of stride 32, resized to stride r: (B, n, N)."""
+        """Resize each row of x (B, n, n_4), an image over a reference's `grid` (h_4, w_4) of stride
+        32, to stride r: (B, n, N)."""
         if self.reference_stride == 32:
             return x
         rows = x.unflatten(2, tuple(grid))                              # (B, n, h_4, w_4)
@@ -343,9 +347,9 @@ class MRCFA(nn.Module):
         """O: the mean of the O_i, plus the target's own F_hat; all (B, 256, h_2, w_2)."""
         return sum(outputs) / len(outputs) + F_hat
 
-    def classify(self, classify: nn.Module, x: Tensor) -> Tensor:
-        """x (B, 256, h_2, w_2) -> logits (B, K, h_1, w_1), upsampled from stride 8 to 4."""
-        logits = classify(x).contiguous()   # CPUs upsample many classes slowly in channels-last
+    def classify(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Apply a classifier to x (B, 256, h_2, w_2) and upsample to stride 4: (B, K, h_1, w_1)."""
+        logits = layer(x).contiguous()      # CPUs upsample many classes slowly in channels-last
         return F.interpolate(logits, scale_factor=2, mode="bilinear")
 
     def stream(self) -> "Stream":
@@ -375,7 +379,7 @@ class Stream:
         F_hat = model.at_stride_8(fused)
         references = []
         for i in reference_indices(self.t, model.offsets):
-            references.append(self.history[i - self.t])                 # counted from the end
+            references.append(self.history[i - self.t])     # negative: -1 is frame t-1
         if references:
             queries = model.queries(features)
             outputs = [model.read(queries, reference) for reference in references]
@@ -392,9 +396,9 @@ def mrcfa_loss(frame_logits: Tensor, clip_logits: Tensor, labels: Tensor,
                ignore_index: int = 255) -> Tensor:
     """0.5 CE(frame_logits, each frame's labels) + CE(all T clip_logits, the target's labels).
 
-    Both logits are (B, T, K, h, w). Labels are (B, T, H, W) int64, or (B, H, W) when only the
-    target is labelled: then the first term takes the target's frame_logits alone. Each CE is a mean
-    over all pixels, ignored ones included. -> a scalar.
+    Both logits are (B, T, K, h, w) and are upsampled to the labels. Labels are (B, T, H, W) int64,
+    or (B, H, W) when only the target is labelled: then the first term takes the target's
+    frame_logits alone. Each CE is a mean over all pixels, ignored ones included. -> a scalar.
     """
     if labels.ndim == 3:
         labels = labels[:, None]
@@ -465,7 +469,7 @@ def load_weights(model: nn.Module, path):
             if "classifier" in key and key in own and len(value) != len(own[key]):
                 other_classes.append(key)
         if other_classes:
-            print("classifiers are of other classes and begin anew", file=sys.stderr)
+            print("classifiers are of other classes: they start from new weights", file=sys.stderr)
         state = {key: value for key, value in state.items() if key not in other_classes}
         load_strictly(model, state, tuple(other_classes))
     except InputError as error:
@@ -485,46 +489,40 @@ def load_official(model: MRCFA, source):
 
 def rename_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a released MRCFA under our keys."""
-    numbers = [int(n) for n in re.findall(r"decode_head\.deco(\d+)\.", " ".join(state))]
-    last = max(numbers, default=0)                      # of the classifiers; it is that of O
+    numbers = re.findall(r"decode_head\.deco(\d+)\.", " ".join(state))
+    classifiers = max(map(int, numbers), default=0)
     ours, segformer = {}, {}
     for key, value in state.items():
-        name = key.removeprefix("decode_head.")
-        for pattern, replacement in OFFICIAL_RENAMES:
-            name = re.sub(pattern, replacement, name)
-        name = name.replace(f"auxiliary_classifiers.{last - 1}.", "classifier.")
-        if name == key.removeprefix("decode_head."):    # none of MRCFA's own layers
-            segformer[key] = value
-        else:
+        name = our_name(key.removeprefix("decode_head."), classifiers)
+        if name:
             ours[name] = value
+        else:
+            segformer[key] = value
     for key, value in rename(segformer).items():
         ours[f"segformer.{key}"] = value
     return ours
 
 
-def one_more(match: re.Match) -> str:
-    """Their q1 ... q3 and k1 ... k3 belong to our stages 2 ... 4."""
-    kind = {"q": "query", "k": "key"}[match[1]]
-    return f"{kind}{int(match[2]) + 1}"
-
-
-def refinement_layer(match: re.Match) -> str:
-    """Their layers 0 and 3 are our convolutions 0 and 1, and 1 and 4 our norms 0 and 1."""
-    scale = match[1].replace("to", "")
-    index = int(match[2])
-    kind = "convs" if index % 3 == 0 else "norms"
-    return f"aggregation.g{scale}.{kind}.{index // 3}"
-
-
-def one_less(match: re.Match) -> str:
-    """Their classifiers count from 1."""
-    return f"auxiliary_classifiers.{int(match[1]) - 1}"
-
-
-OFFICIAL_RENAMES = [
-    (r"^hypercorre_module\.([qk])(\d)\b", one_more),
-    (r"^hypercorre_module\.hpn\.encoder_layer(\d(?:to\d)?)\.(\d)(?:\.conv2)?\b", refinement_layer),
-    (r"^sr1_feat\b", "value"),
-    (r"^sr(\d)\b", r"reduce\1"),
-    (r"^deco(\d+)\.smalldecoder\b", one_less),
-]
+def our_name(name: str, classifiers: int) -> str | None:
+    """Our key for one of MRCFA's own layers in a released checkpoint, whose `classifiers` are
+    numbered from 1; None for a layer of SegFormer."""
+    layer, _, kind = name.rpartition(".")                           # kind: weight or bias
+    if match := re.fullmatch(r"hypercorre_module\.([qk])([1-3])", layer):
+        role = "query" if match[1] == "q" else "key"
+        return f"{role}{int(match[2]) + 1}.{kind}"                  # theirs count from stage 2
+    stack = re.fullmatch(r"hypercorre_module\.hpn\.encoder_layer(\d)(?:to)?(\d?)\.(\d)(?:\.conv2)?",
+                         layer)
+    if stack:
+        index = int(stack[3])       # 0: convolution, 1: norm, 2: ReLU; 3, 4, 5: the second layer
+        part = "convs" if index % 3 == 0 else "norms"
+        return f"aggregation.g{stack[1]}{stack[2]}.{part}.{index // 3}.{kind}"
+    if layer == "sr1_feat":
+        return f"value.{kind}"
+    if match := re.fullmatch(r"sr([23])", layer):
+        return f"reduce{match[1]}.{kind}"
+    if match := re.fullmatch(r"deco(\d+)\.smalldecoder\.1", layer):
+        number = int(match[1])
+        if number == classifiers:                                   # the last is O's
+            return f"classifier.1.{kind}"
+        return f"auxiliary_classifiers.{number - 1}.1.{kind}"
+    return None
