@@ -34,8 +34,8 @@ from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE,
                   read_split, refuse_to_overwrite, run_script, write_image, write_whole)
 from mrcfa import (MRCFA, OFFSETS, build_model, load_checkpoint, load_weights, naming,
                    reference_indices, rename_official)
-from segformer import (EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, read_checkpoint,
-                       read_state_dict, rename, some_keys)
+from segformer import (EMBED_DIM, MIT_VARIANTS, InputError, read_checkpoint, read_state_dict,
+                       rename, some_keys)
 
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
 WINDOWS = (8, 16)               # n of the video consistencies mVC_n, in frames
@@ -850,24 +850,26 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
     target = images[-1]
     x, y = (place[0] + 0.5) / target.width, (place[1] + 0.5) / target.height
     columns = []
-    for path, image, (features, fused) in zip(frames, images, encoded[:-1]):
+    for path, image, (features, fused) in zip(frames[:-1], images[:-1], encoded[:-1], strict=True):
         h, w = (4 * side // model.reference_stride for side in fused.shape[-2:])    # of tokens
         reference = model.keys_and_values(features, model.at_stride_8(fused))
         kept, steps = reading_steps(model, queries, reference)
         found = pixel_maps(steps, kept, (x, y), (h, w))
-        columns.append({"target and its pixel": ringed(target, x, y),
-                        f"reference {path.stem}: STM drops dark": dimmed(image, found["MAA: M2"]),
-                        **{name: heat(values, image) for name, values in found.items()}})
+        shown = dimmed(image, found["MAA: M2"])
+        column = [panel(ringed(target, x, y), "target and its pixel"),
+                  panel(shown, f"reference {path.stem}: STM drops dark")]
+        column += [panel(heat(values, image), name) for name, values in found.items()]
+        columns.append(column)
+
     read = found["B: what is read"].nan_to_num(-math.inf)
     top, left = divmod(int(read.argmax()), w)
     token = (kept == top * w + left).nonzero().item()
-    columns.append({"target, as it looks to": target,
-                    "the token that is read most": ringed(image, (left + 0.5) / w, (top + 0.5) / h),
-                    **{name: heat(maps[token], target) for name, maps in steps.items()}})
-    rows = []
-    for line in zip(*(column.items() for column in columns), strict=True):
-        rows.append([panel(picture, title) for title, picture in line])
-    return tile(rows)
+    its_place = (left + 0.5) / w, (top + 0.5) / h
+    column = [panel(target, "target, as it looks to"),
+              panel(ringed(image, *its_place), "the token that is read most")]
+    column += [panel(heat(maps[token], target), name) for name, maps in steps.items()]
+    columns.append(column)
+    return tile(zip(*columns, strict=True))
 
 
 def reading_steps(model: MRCFA, queries: Sequence[Tensor], reference) -> tuple[Tensor, dict]:
