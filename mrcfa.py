@@ -1,15 +1,16 @@
 """MRCFA: Mining Relations among Cross-Frame Affinities for Video Semantic Segmentation.
 
 Sun, Liu, Tang, Chhatkuli, Zhang, Van Gool, ECCV 2022, arXiv 2207.10436. A target frame asks with
-queries Q. T-1 earlier reference frames answer with keys K and values V, each by itself:
+queries Q. T-1 earlier reference frames answer with keys K and values V, each by itself. A token is
+a cell of a reference's grid of stride r, which is one grid for all scales.
 
     cross-frame affinities   A^l = Q^l (K^l)^T at the scales l = 2, 3, 4 (strides 8, 16, 32): for
                              each token of the reference an image, its affinities to all positions
                              of the *target*
     STM, selective           keeps a reference's most important tokens, ranked by A^4: the same
      token masking           tokens at every scale, because MAA adds up the images of *one* token
-    SAR, single-scale        2-D convolutions G^l refine each token's image by itself
-     affinity refinement
+    SAR, single-scale        G^l, a stack of (2-D convolution, GroupNorm, ReLU), refines each
+     affinity refinement     token's image by itself
     MAA, multi-scale         M^3 = G^43(up(G^4(A^4)) + G^3(A^3))
      affinity aggregation    M^2 = G^32(up(M^3) + G^2(A^2))
     reconstruction           B_i = softmax(M^2) over the tokens of reference i; O_i = B_i V_i
@@ -18,9 +19,10 @@ queries Q. T-1 earlier reference frames answer with keys K and values V, each by
 F is SegFormer's fused feature map at stride 4, and F_hat the same at stride 8. V comes from the
 reference's F_hat. `up` is the paper's Gamma, bilinear upsampling.
 
-Shapes: B clips, T frames a clip, K classes. The encoder's F_l has C_l channels and n_l = h_l w_l
-positions. A reference has N tokens on one grid of stride r; STM keeps m of them.
+In shapes B is the number of clips, T of frames in a clip, K of classes. The encoder's F_l has C_l
+channels and n_l = h_l w_l positions. A reference has N tokens, of which STM keeps m.
 """
+import math
 import re
 import sys
 from collections import deque
@@ -37,13 +39,13 @@ from segformer import (EMBED_DIM, InputError, SegFormer, classifier, load_pretra
 OFFSETS = (9, 6, 3)             # how far back the references lie, in frames, oldest first
 REFERENCE_STRIDE = 32           # r: 32 for VSPW, 16 for Cityscapes
 IMPORTANCE_TOP = 5              # affinities that make up a token's importance
-KEEP_RATIO_B0 = 0.8             # p, the share of a reference's tokens that STM keeps: of b0,
-KEEP_RATIO = 0.5                # and of all other variants
+KEEP_RATIO = 0.5                # p, the share of a reference's tokens that STM keeps
+KEEP_RATIO_B0 = 0.8             # the same for b0
 FRAME_LOSS_WEIGHT = 0.5         # weight of the per-frame loss; the clip loss has 1
 
 
 def reference_indices(t: int, offsets: Sequence[int] = OFFSETS) -> list[int]:
-    """The frames that target `t` of a video refers to, oldest first; an empty list for t < T-1.
+    """The T-1 frames that target `t` of a video refers to, oldest first; none, [], for t < T-1.
 
     Up to the largest offset they are spread evenly over the frames before t, from frame 0 on.
     """
@@ -51,7 +53,7 @@ def reference_indices(t: int, offsets: Sequence[int] = OFFSETS) -> list[int]:
     if t < count:
         return []
     if t <= max(offsets):
-        return [-(-t * k // count) for k in range(count)]       # ceil(t k / (T-1))
+        return [math.ceil(t * k / count) for k in range(count)]
     return [t - offset for offset in offsets]
 
 
@@ -134,11 +136,11 @@ class AffinityRefinement(nn.Module):
 
 
 class AffinityAggregation(nn.Module):
-    """SAR and MAA of one reference: A^2, A^3, A^4 -> M^2, an image (h_l, w_l) for each token.
+    """SAR and MAA of one reference: images A^2, A^3, A^4 of each token -> images M^2 (h_2, w_2).
 
     Without `refine` (no SAR) the affinities are merged as they are. Without `aggregate` (no MAA)
-    M^2 = G^32(G^2(A^2)). Kernels and channels are the released code's: b1 alone has stacks of two
-    layers, and two channels for each token from SAR's last layer to MAA's.
+    M^2 = G^32(G^2(A^2)). Kernels and channels are the released code's. b1 alone has stacks of two
+    layers, and two channels for each token from SAR's last layer to MAA's last but one.
     """
 
     def __init__(self, variant: str, refine: bool = True, aggregate: bool = True):
@@ -158,7 +160,7 @@ class AffinityAggregation(nn.Module):
             self.g43 = stack((1, 1, 3))
             self.g32 = stack((1, 1, 3))
         if not aggregate:
-            self.g4 = self.g3 = self.g43 = stack()
+            self.g4, self.g3, self.g43 = stack(), stack(), stack()
 
     def forward(self, A2: Tensor, A3: Tensor, A4: Tensor) -> Tensor:    # (B, m, h_l, w_l)
         refined2 = self.g2(A2)                                          # (B, m c, h_2, w_2)
@@ -173,7 +175,7 @@ class AffinityAggregation(nn.Module):
 # --------------------------------------------------------------------------------- the model
 
 class Reference(NamedTuple):
-    """Keys and values of a reference frame, of each of B clips. They depend on that frame alone."""
+    """Keys and values of B reference frames. Each frame's depend on that frame alone."""
     key2: Tensor    # K^2 (B, N, C_2)
     key3: Tensor    # K^3 (B, N, C_3)
     key4: Tensor    # K^4 (B, n_4, C_4), on the grid of stride 32
@@ -193,8 +195,8 @@ class MRCFA(nn.Module):
     `keep_ratio` is STM's p: None is the paper's for the variant, 1 keeps all tokens (no STM).
     `refine=False` leaves out SAR, `aggregate=False` MAA.
 
-    Raises ValueError for sides that are no multiples of 32, and for a T that is too long or, in
-    training, too short.
+    Raises ValueError for sides that are no multiples of 32, and for clips of more than T frames or,
+    in training, of fewer.
     """
 
     def __init__(self, variant: str = "b1", num_classes: int = 124,
@@ -265,7 +267,8 @@ class MRCFA(nn.Module):
         for auxiliary, O_i in zip(self.auxiliary_classifiers, outputs, strict=True):
             clip_logits.append(self.classify(auxiliary, O_i))
         clip_logits.append(logits)
-        frame_logits = self.segformer.classifier(fused).unflatten(0, (T, batch)).transpose(0, 1)
+        frame_logits = self.segformer.classifier(fused)                 # (T B, K, h_1, w_1)
+        frame_logits = frame_logits.unflatten(0, (T, batch)).transpose(0, 1)
         return frame_logits, torch.stack(clip_logits, dim=1)
 
     def encode(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -275,7 +278,7 @@ class MRCFA(nn.Module):
         return features, fused
 
     def at_stride_8(self, fused: Tensor) -> Tensor:
-        """F_hat: F (B, 256, h_1, w_1) at half the size. Bilinear halving is the mean of 2x2."""
+        """F_hat: F (B, 256, h_1, w_1) bilinearly at half the size, which is the mean of 2x2."""
         return F.avg_pool2d(fused, 2)
 
     def queries(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -313,20 +316,20 @@ class MRCFA(nn.Module):
         """
         size2, size3, size4 = (Q.shape[1:3] for Q in queries)           # h_l, w_l
         Q2, Q3, Q4 = (Q.flatten(1, 2) for Q in queries)                 # (B, n_l, C_l)
-        A4_of_all = Q4 @ reference.key4.mT                              # (B, n_4, n_4 of reference)
-        kept = self.selective_token_masking(A4_of_all, size4)           # (B, m)
+        A4_all = Q4 @ reference.key4.mT                                 # (B, n_4, n_4 of the ref.)
+        kept = self.selective_token_masking(A4_all, size4)              # (B, m)
 
-        A4_of_all = self.to_reference_stride(A4_of_all, size4)          # (B, n_4, N)
-        A4 = take_tokens(A4_of_all.mT, kept).mT                         # (B, n_4, m)
+        A4_all = self.to_reference_stride(A4_all, size4)                # (B, n_4, N)
+        A4 = A4_all.gather(2, kept[:, None].expand(-1, Q4.shape[1], -1))    # (B, n_4, m)
         A3 = Q3 @ take_tokens(reference.key3, kept).mT                  # (B, n_3, m)
         A2 = Q2 @ take_tokens(reference.key2, kept).mT                  # (B, n_2, m)
         return kept, as_image(A2, size2), as_image(A3, size3), as_image(A4, size4)
 
     def selective_token_masking(self, A4: Tensor, grid: Sequence[int]) -> Tensor:
-        """STM: which of a reference's tokens are kept, (B, m), by A^4 (B, n_4, n_4 of reference).
+        """STM: which of a reference's tokens are kept, (B, m), by A^4 (B, n_4, n_4 of the reference).
 
-        A token's importance is the sum of its 5 largest affinities, over all positions of the
-        target. The m = max(1, int(p N)) most important tokens are kept.
+        A token's importance is the sum of its 5 largest affinities to positions of the target. The
+        m = max(1, int(p N)) most important tokens are kept.
         """
         top = min(IMPORTANCE_TOP, A4.shape[1])
         importance = A4.topk(top, dim=1).values.sum(1, keepdim=True)    # (B, 1, n_4)
@@ -358,7 +361,7 @@ class MRCFA(nn.Module):
 
 
 class Stream:
-    """One video, frame by frame. Each is encoded once; only its keys and values are remembered.
+    """One video, frame by frame. Each frame is encoded once; its keys and values are remembered.
 
     Call with the next frame (3, H, W) -> its logits (K, H/4, W/4), the same as for the clip of that
     frame and its references (`reference_indices`). Memory is constant: K and V are kept for as many
@@ -434,7 +437,7 @@ def load_checkpoint(path) -> tuple[nn.Module, dict]:
 
 
 def model_arguments(config: dict) -> dict:
-    """The arguments of MRCFA(...) or SegFormer(...) in a training's arguments."""
+    """The arguments of MRCFA(...) or SegFormer(...), from those of a training."""
     kind, _, variant = config["model"].partition("_")
     arguments = {"variant": variant, "num_classes": len(config["classes"])}
     if kind == "segformer":
