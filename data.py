@@ -504,9 +504,12 @@ class ClipDataset(torch.utils.data.Dataset):
         ways = self.ways[order[place]]
         rng = np.random.default_rng((self.seed, 1, index))
         chosen = rng.integers(max(len(targets) for _, targets in ways))
-        way, targets = ways[int(rng.random() < 0.5)]
-        if not targets:                             # then the other way has some
-            way, targets = ways[0] if ways[0][1] else ways[1]
+        first, second = ways
+        if rng.random() < 0.5:
+            first, second = second, first
+        way, targets = first
+        if not targets:
+            way, targets = second
         target = targets[chosen % len(targets)]
         clip = [target - offset for offset in (*(way.offsets or self.offsets), 0)]
         return [way.frames[t] for t in clip], [way.masks[t] for t in clip], rng

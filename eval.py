@@ -552,7 +552,8 @@ def run(args: argparse.Namespace):
             refuse_to_overwrite(path)
     if dist.is_initialized():
         dist.barrier()                      # until all have seen that there is nothing
-    if args.json:
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if args.json and is_first:
         write_whole(args.json, b"")         # fails now, if at all, and not after the evaluation
         args.json.unlink()
     methods, configs = prepare_methods(args)
@@ -572,7 +573,7 @@ def run(args: argparse.Namespace):
     videos = read_split(args.data, args.split, offsets, args.labels == "sparse")
     check_labels(videos, classes, args.split)
     results = evaluate(methods, videos, classes, args.save, args.overlay, args.pictures)
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if not is_first:
         return
     names = [method.name for method in methods]
     if args.json:

@@ -2,7 +2,9 @@
 
 Sun, Liu, Tang, Chhatkuli, Zhang, Van Gool, ECCV 2022, arXiv 2207.10436. A target frame asks with
 queries Q. T-1 earlier reference frames answer with keys K and values V, each by itself. A token is
-a cell of a reference's grid of stride r, which is one grid for all scales.
+a cell of a reference's grid of stride r. That is one grid for all scales: strided convolutions
+bring K^2, K^3 and V to it (K^4 has stride 32; for r = 16, A^4 is resized). Only the target keeps
+the stride of each scale.
 
     cross-frame affinities   A^l = Q^l (K^l)^T at the scales l = 2, 3, 4 (strides 8, 16, 32): for
                              each token of the reference an image, its affinities to all positions
@@ -19,8 +21,8 @@ a cell of a reference's grid of stride r, which is one grid for all scales.
 F is SegFormer's fused feature map at stride 4, and F_hat the same at stride 8. V comes from the
 reference's F_hat. `up` is the paper's Gamma, bilinear upsampling.
 
-In shapes B is the number of clips, T of frames in a clip, K of classes. The encoder's F_l has C_l
-channels and n_l = h_l w_l positions. A reference has N tokens, of which STM keeps m.
+In shapes, and only there, B is the number of clips, T of frames in a clip, K of classes. The
+encoder's F_l has C_l channels and n_l = h_l w_l positions. A reference has N tokens; STM keeps m.
 """
 import math
 import re
@@ -130,6 +132,7 @@ class AffinityRefinement(nn.Module):
             m = images.shape[1] // conv.in_channels
             images = F.conv2d(images, conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m),
                               padding=conv.padding, groups=m)
+            # A group for each token: the norm, too, sees each token's image by itself.
             images = F.group_norm(images, m, norm.weight.repeat(m), norm.bias.repeat(m), norm.eps)
             images = F.relu(images, inplace=True)
         return images
@@ -138,9 +141,9 @@ class AffinityRefinement(nn.Module):
 class AffinityAggregation(nn.Module):
     """SAR and MAA of one reference: images A^2, A^3, A^4 of each token -> images M^2 (h_2, w_2).
 
-    Without `refine` (no SAR) the affinities are merged as they are. Without `aggregate` (no MAA)
-    M^2 = G^32(G^2(A^2)). Kernels and channels are the released code's. b1 alone has stacks of two
-    layers, and two channels for each token from SAR's last layer to MAA's last but one.
+    Without `refine` (no SAR) G^4, G^3 and G^2 change nothing. Without `aggregate` (no MAA)
+    M^2 = G^32(G^2(A^2)). Kernels and channels are the released code's. With SAR, b1 alone has
+    stacks of two layers, and two channels for each token inside.
     """
 
     def __init__(self, variant: str, refine: bool = True, aggregate: bool = True):
@@ -229,7 +232,7 @@ class MRCFA(nn.Module):
         self.reduce3 = nn.Conv2d(c3, c3, s3, stride=s3)
         self.value = nn.Conv2d(EMBED_DIM, EMBED_DIM, s2, stride=s2)
         self.aggregation = AffinityAggregation(variant, refine, aggregate)
-        if not aggregate:       # then stage 3 has no use, and stage 4 only in STM, without gradient
+        if not aggregate:       # then stage 3 has no use, and stage 4 ranks tokens, untrained
             for unused in (self.query3, self.key3, self.reduce3, self.query4, self.key4):
                 unused.requires_grad_(False)
         self.auxiliary_classifiers = nn.ModuleList()
@@ -326,7 +329,7 @@ class MRCFA(nn.Module):
         return kept, as_image(A2, size2), as_image(A3, size3), as_image(A4, size4)
 
     def selective_token_masking(self, A4: Tensor, grid: Sequence[int]) -> Tensor:
-        """STM: which of a reference's tokens are kept, (B, m), by A^4 (B, n_4, n_4 of the reference).
+        """STM: which of a reference's tokens are kept, (B, m), by A^4 (B, n_4, n_4 of the ref.).
 
         A token's importance is the sum of its 5 largest affinities to positions of the target. The
         m = max(1, int(p N)) most important tokens are kept.
@@ -338,8 +341,10 @@ class MRCFA(nn.Module):
         return importance.topk(m).indices
 
     def to_reference_stride(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """Resize each row of x (B, n, n_4), an image over a reference's `grid` (h_4, w_4) of stride
-        32, to stride r: (B, n, N)."""
+        """Resize each row of x (B, n, n_4) from stride 32 to r: (B, n, N).
+
+        A row lies over the positions of the *reference*, whose `grid` (h_4, w_4) is the target's.
+        """
         if self.reference_stride == 32:
             return x
         rows = x.unflatten(2, tuple(grid))                              # (B, n, h_4, w_4)
