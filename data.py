@@ -231,7 +231,7 @@ def number_order(path: Path) -> tuple:
 def list_frames(folder: Path, why: str = "") -> list[Path]:
     """The frames in a folder, in the order of the numbers in their names."""
     frames = []
-    for path in folder.glob("[!.]*"):
+    for path in Path(folder).glob("[!.]*"):
         suffix = path.suffix.lower()
         if suffix in FRAME_SUFFIXES:
             frames.append(path)

@@ -370,11 +370,13 @@ class Stream:
 
     Call with the next frame (3, H, W) -> its logits (K, H/4, W/4), the same as for the clip of that
     frame and its references (`reference_indices`). Memory is constant: K and V are kept for as many
-    frames as the largest offset. Raises ValueError while the model is in training mode.
+    frames as the largest offset. Raises ValueError for a frame of another size, and while the model
+    is in training mode.
     """
 
     def __init__(self, model: MRCFA):
         self.model = model
+        self.shape = None                                               # of the frames, all alike
         self.t = 0
         self.history: deque[Reference] = deque(maxlen=max(model.offsets))   # frame t-1 at its end
 
@@ -383,6 +385,10 @@ class Stream:
         model = self.model
         if model.training:
             raise InputError("call model.eval() before streaming")
+        self.shape = self.shape or frame.shape
+        if frame.ndim != 3 or frame.shape != self.shape:
+            raise InputError(f"expected frames (3, H, W), all of one size; got {tuple(frame.shape)} "
+                             f"in a stream of {tuple(self.shape)}")
         features, fused = model.encode(frame[None])
         F_hat = model.at_stride_8(fused)
         references = []

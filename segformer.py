@@ -261,8 +261,11 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -
     """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with labels (B, H, W): a scalar.
 
     The mean is over *all* pixels: ignored ones add 0 but stay in the denominator, as in the
-    released code.
+    released code. Raises ValueError for labels of another shape or type.
     """
+    if labels.dtype != torch.int64 or labels.ndim != 3 or len(labels) != len(logits):
+        raise InputError(f"labels must be int64 and (B, H, W), here with B = {len(logits)}; got "
+                         f"{labels.dtype} {tuple(labels.shape)}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return SummedCrossEntropy.apply(logits, labels, ignore_index) / labels.numel()
 

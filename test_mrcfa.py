@@ -2964,6 +2964,17 @@ def test_a_held_segformer_stays_as_it_was(videos, tmp_path, monkeypatch, capsys)
 # ------------------------------------------------------------------------------------- and the rest
 
 
+def test_wrong_labels_and_frames_are_refused():
+    logits, stream = torch.zeros(2, 3, 4, 4), tiny().stream()
+    for labels in (torch.zeros(2, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"labels must be int64 and \(B, H, W\), here with B = 2"):
+            segmentation_loss(logits, labels)
+    stream(torch.zeros(3, 64, 96))
+    for frame in (torch.zeros(3, 96, 64), torch.zeros(1, 3, 64, 96)):
+        with pytest.raises(ValueError, match=r"in a stream of \(3, 64, 96\)"):
+            stream(frame)
+
+
 def test_segmentation_loss_counts_ignored_pixels():
     logits, labels = torch.zeros(1, 4, 2, 2), torch.full((1, 8, 8), 255)
     labels[:, :4] = 1
