@@ -128,7 +128,7 @@ def read_classes(root: Path, default: Sequence[str] = ()) -> list[str]:
     return classes
 
 
-def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: str, root: Path):
+def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: Path, root: Path):
     """InputError where the classes of `who`, a checkpoint, are not those of the data in `root`.
 
     Other names for the same number of classes are said on stderr, unless names changed places.

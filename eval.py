@@ -422,6 +422,11 @@ def names_of_classes(num_classes: int) -> list[str]:
     for classes in (VSPW_CLASSES, CITYSCAPES_CLASSES):
         if len(classes) == num_classes:
             return classes
+    return unnamed_classes(num_classes)
+
+
+def unnamed_classes(num_classes: int) -> list[str]:
+    """Names for classes that have none."""
     return [f"class {k}" for k in range(num_classes)]
 
 
@@ -607,7 +612,7 @@ def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]
     for path in args.checkpoint:
         model, config = load_model(path, args)
         if args.data:
-            check_classes_of_data(args.data, config["classes"], path)
+            config["classes"] = classes_of_data(args.data, config["classes"], path)
         options = {"frame_size": config["frame_size"], "amp": args.amp}
         name = free_name(config["model"], methods)
         if name != config["model"]:
@@ -623,12 +628,15 @@ def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]
     return methods, configs
 
 
-def check_classes_of_data(data: Path, classes: Sequence[str], path: Path):
-    """InputError where the classes of a checkpoint are not those of the data."""
+def classes_of_data(data: Path, classes: Sequence[str], path: Path) -> list[str]:
+    """The data's class names. InputError where those of the checkpoint `path` are not the same."""
     if classes != VSPW_CLASSES and not is_cityscapes(data) and not (data / "classes.txt").exists():
         print(f"warning: {data} has no classes.txt; its classes are taken for those of {path}",
               file=sys.stderr)
-    check_same_classes(classes, read_classes(data, default=classes), str(path), data)
+    ours = read_classes(data, default=classes)
+    unnamed = classes == unnamed_classes(len(classes))
+    check_same_classes(ours if unnamed and len(ours) == len(classes) else classes, ours, path, data)
+    return ours
 
 
 def free_name(name: str, methods: Sequence[Method]) -> str:

@@ -507,7 +507,7 @@ def train(args: argparse.Namespace):
         dist.barrier()          # until the videos are there, and all have seen that the run isn't
     classes = read_classes(args.data, default=VSPW_CLASSES if args.dataset == "vspw" else ())
     if args.resume:
-        check_same_classes(args.classes, classes, str(args.out / "last.pt"), args.data)
+        check_same_classes(args.classes, classes, args.out / "last.pt", args.data)
     args.classes = classes
     sparse = args.labels == "sparse"
     videos = read_split(args.data, "train", args.offsets, sparse)
