@@ -377,7 +377,7 @@ def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) ->
     """
     width, height = fit(image.size, *frame_size)
     padded = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()[None].float()
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()    # channels-last: fast
     for size in ((height, width), padded):
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bilinear").round_()
