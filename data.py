@@ -56,6 +56,7 @@ BRIGHTNESS = 32                     # photometric distortion: +- grey levels of 
 CONTRAST = (0.5, 1.5)               # factors,
 SATURATION = (0.5, 1.5)
 HUE = 18 / 180                      # and a share of the colour circle
+CHECKED_MASKS = 200                 # that a run looks into before it begins
 SPARSE_SHARE = 0.25                 # of pixels to interpolate, up to which one by one is faster
 
 VSPW_CLASSES = """
@@ -174,14 +175,17 @@ def read_video(folder: Path, name: str, split: Path, sparse: bool) -> Video:
         masks.append(mask if mask in present else None)
     orphans = sorted(present - set(masks))
     if orphans:
-        raise InputError(f"{orphans[0]}: this mask has no frame in {folder / 'origin'} (as do "
-                         f"{len(orphans) - 1} others); copy the frames, or remove the masks")
+        raise InputError(f"{orphans[0]}: this mask has no frame of its name in {folder / 'origin'} "
+                         f"({len(orphans)} of {len(present)} masks have none); copy the frames, or "
+                         "rename or remove the masks")
     labelled = len(frames) - masks.count(None)
-    if labelled == 0 or labelled < len(frames) and not sparse:
+    if labelled == 0:
+        raise InputError(f"{folder / 'mask'}: none of this video's {len(frames)} frames has a mask "
+                         f"there; that of {frames[0].name} would be {frames[0].stem}.png")
+    if labelled < len(frames) and not sparse:
         first = folder / "mask" / f"{frames[masks.index(None)].stem}.png"
-        advice = "" if labelled == 0 else "; --labels sparse allows that"
         raise InputError(f"{first}: no such mask ({labelled} of this video's {len(frames)} frames "
-                         f"are labelled{advice})")
+                         "are labelled; --labels sparse allows that)")
     return Video(name, frames, masks)
 
 
@@ -340,25 +344,40 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int) -> Image.Im
 
 
 def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
-    """Look through masks until two classes are found. InputError if no pixel has any; if all that
-    have one have the same, a line on stderr says so."""
+    """Look into the masks of a split before a long run: all of them, or the first CHECKED_MASKS.
+
+    InputError if one can't be used or no pixel has a class. A line on stderr says what else is odd:
+    a single class, masks without any, classes that never occur.
+    """
     by_video = [[mask for mask in video.masks if mask] for video in videos]
     first_ones_first = chain(*zip_longest(*by_video))       # the first mask of each video, ...
     masks = [mask for mask in first_ones_first if mask]
     found: set[int] = set()
-    for mask in masks:
+    empty = []
+    for i, mask in enumerate(masks):
+        if i >= CHECKED_MASKS and found:
+            break
         labels = read_labels(mask, read_image(mask).size, len(classes))
         counts = labels.histogram()[:len(classes)]
-        found |= {k for k in range(len(classes)) if counts[k]}
-        if len(found) > 1:
-            return
+        present = {k for k in range(len(classes)) if counts[k]}
+        found |= present
+        if not present:
+            empty.append(mask)
+    numbers = f"0 and 255 are ignored, 1 is {classes[0]!r}, and so on"
     if not found:
         raise InputError(f"{masks[0]}: no pixel of this mask or of the {split} split's other "
-                         f"{len(masks) - 1} has a class: 0 and 255 are ignored, 1 is "
-                         f"{classes[0]!r}, and so on")
-    if len(classes) > 1:
-        print(f"warning: all labelled pixels of the {split} split are {classes[found.pop()]!r}; "
-              "0 and 255 are ignored", file=sys.stderr)
+                         f"{len(masks) - 1} has a class: {numbers}")
+    missing = [name for k, name in enumerate(classes) if k not in found]
+    if len(found) == 1 and missing:
+        only = classes[found.pop()]
+        print(f"warning: all labelled pixels of the {split} split are {only!r}: {numbers}",
+              file=sys.stderr)
+    elif missing and split == "train" and len(masks) <= CHECKED_MASKS:
+        print(f"warning: no mask of the {split} split has {', '.join(missing)}: {numbers}",
+              file=sys.stderr)
+    if empty and len(masks) <= CHECKED_MASKS:
+        print(f"warning: {len(empty)} of {len(masks)} masks of the {split} split, {empty[0]} for "
+              f"one, have no pixel with a class: {numbers}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------ into and out of the network

@@ -685,8 +685,11 @@ def coloured(mask: np.ndarray) -> Image.Image:
 
 
 def blend(frame: Path, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
-    """A mask over its frame, with the names of its classes."""
-    image = Image.blend(read_frame(frame), coloured(mask).convert("RGB"), 0.5)
+    """A mask over its frame, with the names of its classes. A background keeps its colours."""
+    original = read_frame(frame)
+    image = Image.blend(original, coloured(mask).convert("RGB"), 0.5)
+    if "background" in classes:
+        image.paste(original, mask=Image.fromarray(mask == classes.index("background")))
     areas = np.bincount(mask.ravel(), minlength=IGNORE + 1)
     font_size = max(10, image.height // 30)
     entries = legend_entries(areas, classes)

@@ -387,8 +387,8 @@ class Stream:
             raise InputError("call model.eval() before streaming")
         self.shape = self.shape or frame.shape
         if frame.ndim != 3 or frame.shape != self.shape:
-            raise InputError(f"expected frames (3, H, W), all of one size; got {tuple(frame.shape)} "
-                             f"in a stream of {tuple(self.shape)}")
+            raise InputError("expected frames (3, H, W), all of one size; got "
+                             f"{tuple(frame.shape)} in a stream of {tuple(self.shape)}")
         features, fused = model.encode(frame[None])
         F_hat = model.at_stride_8(fused)
         references = []

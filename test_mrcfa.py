@@ -2217,7 +2217,7 @@ def remove_frame(videos: Path):
             lambda videos: only_values(videos, []),
             "no pixel of this mask or of the val split's other 17 has a class",
         ),
-        (remove_frame, "mask/00004.png: this mask has no frame"),
+        (remove_frame, "mask/00004.png: this mask has no frame of its name"),
         (lambda videos: (videos / "val.txt").write_text("v\nv\n"), "names the video v twice"),
         (
             lambda videos: (videos / "classes.txt").write_text("road\nsky\ncar\n"),
@@ -2265,6 +2265,28 @@ def test_other_class_names_and_a_single_class_are_said(videos, tmp_path, monkeyp
     (videos / "classes.txt").unlink()
     assert run(training, monkeypatch, *args[:-1], 1, "--out", tmp_path / "other") == 2
     assert "classes.txt: no such file; list the class names" in capsys.readouterr().err
+
+
+def test_masks_counted_from_zero_and_empty_ones_are_said(videos, capsys):
+    train = read_split(videos, "train")
+    data.check_labels(train, CLASSES, "train")
+    assert capsys.readouterr().err == ""
+    data.check_labels(train, [*CLASSES, "box"], "train")
+    error = capsys.readouterr().err
+    assert "no mask of the train split has box: 0 and 255 are ignored, 1 is 'sky'" in error
+    Image.new("L", (96, 64)).save(videos / "data/a/mask/00003.png")
+    data.check_labels(train, CLASSES, "train")
+    assert "1 of 13 masks of the train split" in (error := capsys.readouterr().err)
+    assert "a/mask/00003.png for one, have no pixel with a class" in error
+    Image.new("L", (96, 64), 4).save(videos / "data/a/mask/00003.png")  # no mask that can't be used
+    with pytest.raises(InputError, match="00003.png: label 4, but there are 3 classes"):
+        data.check_labels(train, CLASSES, "train")
+
+
+def test_warm_up_is_a_tenth_of_a_short_training(monkeypatch):
+    for more, warmup in (([], 1500), (["--iters", "2000"], 200), (["--warmup", "7"], 7)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", "vspw", "--data", "x", *more])
+        assert training.parse_args().warmup == warmup
 
 
 def test_results_are_saved_whatever_happens_to_the_terminal(videos, tmp_path, monkeypatch):
@@ -2672,10 +2694,7 @@ def test_training_takes_a_few_labelled_frames(videos, tmp_path, monkeypatch, cap
     (videos / "data/v/mask/00000.png").unlink()
     (videos / "data/v/mask/00012.png").unlink()
     assert run(training, monkeypatch, *args, "--labels", "sparse", "--out", tmp_path / "none") == 2
-    assert (
-        "mask/00000.png: no such mask (0 of this video's 18 frames are labelled)"
-        in capsys.readouterr().err
-    )
+    assert "v/mask: none of this video's 18 frames has a mask" in capsys.readouterr().err
 
 
 def test_sparse_clips_end_at_labelled_frames(videos):
@@ -2967,7 +2986,7 @@ def test_a_held_segformer_stays_as_it_was(videos, tmp_path, monkeypatch, capsys)
 def test_wrong_labels_and_frames_are_refused():
     logits, stream = torch.zeros(2, 3, 4, 4), tiny().stream()
     for labels in (torch.zeros(2, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64)):
-        with pytest.raises(ValueError, match=r"labels must be int64 and \(B, H, W\), here with B = 2"):
+        with pytest.raises(ValueError, match=r"labels must be int64 and \(B, H, W\), .* B = 2"):
             segmentation_loss(logits, labels)
     stream(torch.zeros(3, 64, 96))
     for frame in (torch.zeros(3, 96, 64), torch.zeros(1, 3, 64, 96)):

@@ -428,7 +428,8 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--weight-decay", type=float, default=0.01,
                        help="AdamW's, on all but the encoder's LayerNorms")
     group.add_argument("--warmup", type=int, metavar="N",
-                       help="iterations over which the rate rises; fewer in a short training")
+                       help="iterations over which the rate rises, by default as in the recipe "
+                            "but at most a tenth of the training")
 
     group = parser.add_argument_group("MRCFA, and what it is without its parts")
     group.add_argument("--reference-stride", type=int, choices=(16, 32),
@@ -441,9 +442,10 @@ def make_parser() -> ArgumentParser:
                             "learns faster; the paper's may invert")
     group.add_argument("--keep-ratio", type=float, metavar="P",
                        help="share of tokens that STM keeps, if not the paper's; 1: all")
-    group.add_argument("--no-refine", dest="refine", action="store_false", help="leave out SAR")
-    group.add_argument("--no-aggregate", dest="aggregate", action="store_false",
-                       help="leave out MAA: the finest scale alone")
+    group.add_argument("--refine", action=argparse.BooleanOptionalAction, default=True,
+                       help="use SAR")
+    group.add_argument("--aggregate", action=argparse.BooleanOptionalAction, default=True,
+                       help="use MAA; without it there is the finest scale alone")
     add_device_arguments(parser)
     return parser
 
@@ -458,8 +460,10 @@ def parse_args() -> argparse.Namespace:
         parser.set_defaults(**read_run(out / "last.pt")["config"])
     else:
         dataset = args.dataset or ("folder" if args.data else "synthetic")
-        parser.set_defaults(dataset=dataset, **RECIPES[dataset])
+        parser.set_defaults(dataset=dataset, **RECIPES[dataset] | {"warmup": None})
     args = parser.parse_args(namespace=argparse.Namespace(out=out))
+    if args.warmup is None:
+        args.warmup = min(RECIPES[args.dataset]["warmup"], args.iters // 10)
     check_arguments(parser, args)
     args.data = args.data or SYNTHETIC
     args.device = torch.device(args.device)
@@ -523,6 +527,9 @@ def train(args: argparse.Namespace):
         positive_kernels(model)
     if args.pretrained and not args.resume:
         load_weights(model, args.pretrained)
+    elif args.lr == VSPW_RECIPE["lr"] and not args.pretrained:
+        print(f"warning: --lr {args.lr:g} is for pretrained weights (--pretrained FILE); from "
+              "scratch, --lr 1e-3 --head-lr 1 learns faster", file=sys.stderr)
     if args.hold_segformer:
         model.segformer.requires_grad_(False)
     if dist.is_initialized() and args.device.type == "cuda":
