@@ -489,6 +489,8 @@ def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
     low, high = args.scale_range
     if not 0.1 <= low <= high <= 10:
         parser.error(f"--scale-range {low} {high}: must rise, within 0.1 ... 10")
+    if args.keep_ratio is not None and not 0 < args.keep_ratio <= 1:
+        parser.error(f"--keep-ratio: keep_ratio must lie in (0, 1], not {args.keep_ratio}")
     for name in ("seed", "workers", "lr", "head_lr", "weight_decay", "warmup", "eval_every"):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
