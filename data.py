@@ -415,7 +415,10 @@ def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequenc
     rows, row_weights = positions_read(h, network_size[0], frame_size[0])
     columns, column_weights = positions_read(w, network_size[1], frame_size[1])
     rows, columns = rows.to(logits.device), columns.to(logits.device)
-    lowest = highest = logits.max(0).indices.to(torch.uint8)            # (h, w)
+    largest = logits.max(0).indices.to(torch.uint8)                     # (h, w)
+    if (largest[:, 1:] != largest[:, :-1]).float().mean() > SPARSE_SHARE:
+        return decode_everywhere(logits, network_size, frame_size)
+    lowest = highest = largest
     for dim, positions in ((1, columns), (0, rows)):                    # of all that a pixel reads
         lowest = extremum(lowest, positions, dim, torch.minimum)
         highest = extremum(highest, positions, dim, torch.maximum)
@@ -436,10 +439,15 @@ def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequenc
     return mask
 
 
+def resize_matrix(size: int, network_size: int, frame_size: int) -> Tensor:
+    """Both resizes of a side as one matrix (frame_size, size)."""
+    return bilinear_matrix(network_size, frame_size) @ bilinear_matrix(size, network_size)
+
+
 @lru_cache(maxsize=16)
 def positions_read(size: int, network_size: int, frame_size: int) -> tuple[Tensor, Tensor]:
     """Where the pixels of a side read from after both resizes, and weights: (frame_size, few)."""
-    matrix = bilinear_matrix(network_size, frame_size) @ bilinear_matrix(size, network_size)
+    matrix = resize_matrix(size, network_size, frame_size)
     read = matrix > 0
     few = int(read.sum(1).max())
     first = read.int().argmax(1).clamp(max=size - few)
@@ -459,17 +467,21 @@ def decode_everywhere(logits: Tensor, network_size: Sequence[int],
                       frame_size: Sequence[int]) -> Tensor:
     """`decode_mask` at every pixel, in bands that stay in a CPU's cache."""
     h, w = logits.shape[1:]
-    rows = bilinear_matrix(network_size[0], frame_size[0]) @ bilinear_matrix(h, network_size[0])
-    columns = bilinear_matrix(network_size[1], frame_size[1]) @ bilinear_matrix(w, network_size[1])
     wide = []
-    for _, source, matrix in row_bands(columns, 64):
+    for _, source, matrix in resize_bands(w, network_size[1], frame_size[1], 64):
         wide.append(logits[:, :, source] @ matrix.to(logits).T)
     wide = torch.cat(wide, dim=2)                                       # (K, h, W)
     mask = []
-    for _, source, matrix in row_bands(rows, 16):
+    for _, source, matrix in resize_bands(h, network_size[0], frame_size[0], 16):
         full = matrix.to(logits) @ wide[:, source]                      # (K, 16, W)
         mask.append(full.max(0).indices.to(torch.uint8))
     return torch.cat(mask)
+
+
+@lru_cache(maxsize=16)
+def resize_bands(size: int, network_size: int, frame_size: int, rows: int) -> list[tuple]:
+    """`row_bands` of both resizes of a side."""
+    return row_bands(resize_matrix(size, network_size, frame_size), rows)
 
 
 # ----------------------------------------------------------------------------------- training
