@@ -320,17 +320,15 @@ def evaluate(methods: Sequence[Method], videos: Sequence[Video], classes: Sequen
             if pictures and i < PICTURED_VIDEOS:
                 album = Album(video, [method.name for method in methods], classes)
             for t, label, masks in in_background(score_video(video, methods, metrics)):
-                wanted = label is not None or not video.offsets     # Cityscapes' clips have those
+                is_reference = video.offsets and label is None      # in Cityscapes' clips
                 for method, mask in zip(methods, masks, strict=True):
-                    if mask is None or not wanted:
+                    if mask is None or is_reference:
                         continue
-                    folder = Path(method.name) if len(methods) > 1 else Path()
-                    place = folder / video.name / video.frames[t].stem
-                    if save:
-                        write_image(coloured(mask), save / f"{place}.png", compress_level=1)
-                    if overlay:
-                        picture = blend(video.frames[t], mask, classes)
-                        write_image(picture, overlay / f"{place}.jpg", quality=92)
+                    folder = Path(video.name)
+                    if len(methods) > 1:
+                        folder = method.name / folder
+                    write_mask(mask, video.frames[t], classes, save and save / folder,
+                               overlay and overlay / folder)
                 if album and label is not None:
                     album.add(t, label, masks)
                 bar.update()
@@ -340,6 +338,15 @@ def evaluate(methods: Sequence[Method], videos: Sequence[Video], classes: Sequen
         for metric in metrics:
             metric.gather()
     return metrics
+
+
+def write_mask(mask: np.ndarray, frame: Path, classes: Sequence[str], save: Path | None,
+               overlay: Path | None):
+    """Write the mask of a frame into the folder `save`, and over the frame into `overlay`."""
+    if save:
+        write_image(coloured(mask), save / f"{frame.stem}.png", compress_level=1)
+    if overlay:
+        write_image(blend(frame, mask, classes), overlay / f"{frame.stem}.jpg", quality=92)
 
 
 def share_of_videos(videos: Sequence[Video]) -> list[int]:
