@@ -136,15 +136,16 @@ def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: Path, ro
     """
     if len(theirs) != len(ours):
         raise InputError(f"{who}: has {len(theirs)} classes, but {root} has {len(ours)}")
+    differences = []
     for k, (their, our) in enumerate(zip(theirs, ours, strict=True)):
         if their == our:
             continue
-        difference = f"class {k} is {their!r} in {who}, but {our!r} in {root}"
+        differences.append(f"class {k} is {their!r} in {who}, but {our!r} in {root}")
         if their in ours or our in theirs:
-            raise InputError(f"{difference}: the order of the classes differs; put classes.txt and "
-                             "the masks in one order")
-        print(f"warning: {difference}", file=sys.stderr)
-        return
+            raise InputError(f"{differences[-1]}: the order of the classes differs; put "
+                             "classes.txt and the masks in one order")
+    if differences:
+        print(f"warning: {differences[0]} ({len(differences)} names differ)", file=sys.stderr)
 
 
 def read_split(root: Path, split: str, offsets: Sequence[int] = (),
@@ -874,6 +875,11 @@ def run_script(main: Callable[[], None]):
                 raise
             print(f"{Path(sys.argv[0]).name}: {in_one_line(error)}", file=sys.stderr)
             sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" not in str(error) or sys.flags.dev_mode:
+                raise
+            print(f"{Path(sys.argv[0]).name}: {in_one_line(MemoryError())}", file=sys.stderr)
+            sys.exit(2)
         finally:
             out.flush()
             for number, handler in before.items():

@@ -299,6 +299,7 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale: Tensor):
+        """The gradient that the forward pass took, times that of the sum."""
         gradient, = ctx.saved_tensors
         return scale * gradient, None, None
 

@@ -1810,42 +1810,10 @@ def test_two_checkpoints_side_by_side_and_one_pixel_explained(
         assert animation.n_frames == 18 and animation.width == 5 * 204
     for path in both:
         out = tmp_path / f"explained {path.stem}"
-        assert (
-            run(
-                evaluation,
-                monkeypatch,
-                "--checkpoint",
-                path,
-                "--data",
-                videos,
-                "--explain",
-                "v",
-                12,
-                95,
-                0,
-                "--pictures",
-                out,
-            )
-            == 0
-        )
-        assert (
-            run(
-                evaluation,
-                monkeypatch,
-                "--checkpoint",
-                path,
-                "--data",
-                videos,
-                "--explain",
-                "v",
-                12,
-                95,
-                0,
-                "--pictures",
-                out,
-            )
-            == 2
-        )
+        explained = ["--checkpoint", path, "--data", videos, "--pictures", out]
+        explained += ["--explain", "v", 12, 95, 0]
+        assert run(evaluation, monkeypatch, *explained) == 0
+        assert run(evaluation, monkeypatch, *explained) == 2
         assert "v_12_95_0.png: exists already" in capsys.readouterr().err
         with Image.open(out / "v_12_95_0.png") as picture:
             assert picture.size == (4 * 204, 10 * 155)
@@ -2257,6 +2225,7 @@ def test_other_class_names_and_a_single_class_are_said(videos, tmp_path, monkeyp
     assert "class 1 is 'road' in" in capsys.readouterr().err
     for names, message in (
         ("car\nsky\nstreet", "the order of the classes differs"),
+        ("heaven\ncar\nstreet", "the order of the classes differs"),
         ("sky", "has 3 classes, but"),
     ):
         (videos / "classes.txt").write_text(names)
@@ -2878,6 +2847,19 @@ def test_two_processes_evaluate_as_one_does(videos, tmp_path, monkeypatch, capfd
         assert files == sorted(path.relative_to(two) for path in two.rglob("*.*"))
         assert all((one / path).read_bytes() == (two / path).read_bytes() for path in files)
     assert (tmp_path / "one_json").read_text() == (tmp_path / "two_json").read_text()
+
+
+def test_videos_are_shared_out_evenly_by_frames(monkeypatch):
+    lengths = [5, 1, 30, 4, 2, 9, 12, 1]
+    videos = [data.Video(f"{i}", ["frame"] * n, [None] * n) for i, n in enumerate(lengths)]
+    monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(evaluation.dist, "get_rank", lambda rank=rank: rank)
+        shares.append(evaluation.share_of_videos(videos))
+    assert sorted(shares[0] + shares[1]) == list(range(8))
+    assert [sum(lengths[i] for i in share) for share in shares] == [32, 32]
 
 
 class CountOperations(TorchDispatchMode):
