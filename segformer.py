@@ -11,6 +11,7 @@ Inside the encoder a feature map has its channels last, (B, h, w, C): LayerNorm 
 the last axis, and the same memory seen as (B, C, h, w) is a channels-last image, the layout in
 which convolutions are fast. Changing between the two views copies nothing.
 """
+import json
 import math
 import re
 import warnings
@@ -36,6 +37,11 @@ STRIDE = 32                 # of F_4: image sides must be multiples of it
 EMBED_DIM = 256             # width of the head for b0 and b1, and of every MRCFA
 DROPOUT = 0.1               # of whole channels, before every classifier
 LOSS_BAND = 32              # rows of an image whose loss is computed at a time on CPUs
+SAFETENSORS_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}
 
 
 class InputError(ValueError):
@@ -429,29 +435,31 @@ def read_checkpoint(path) -> dict:
             start = file.read(32).lstrip()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
     try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each of torch.load's file formats raises its own
+    except Exception as error:  # each file format raises its own
         raise InputError(f"{path}: {why_unreadable(start, error)}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: is not a checkpoint but a {type(content).__name__}")
     return content
 
 
-def read_safetensors(path: Path) -> dict:
-    """The tensors in a .safetensors file, which takes the package of that name."""
-    try:
-        from safetensors.torch import load_file  # optional: needed for this format alone
-    except ImportError:
-        raise InputError(f"{path}: needs the safetensors package (pip install safetensors); or "
-                         "give the same weights as pytorch_model.bin") from None
-    try:
-        return load_file(path)
-    except Exception:
-        raise InputError(f"{path}: can't be read, it looks like a truncated file: download it "
-                         "again") from None
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a .safetensors file: the length of a header, the header in JSON, the data."""
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")       # of the data
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, end = entry["data_offsets"]
+        stored = torch.frombuffer(content, dtype=torch.uint8, count=end - first,
+                                  offset=start + first)
+        values = stored.clone().view(SAFETENSORS_TYPES[entry["dtype"]])
+        tensors[name] = values.reshape(entry["shape"])
+    return tensors
 
 
 def why_unreadable(start: bytes, error: Exception) -> str:

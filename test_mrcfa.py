@@ -39,7 +39,15 @@ from mrcfa import (
     mrcfa_loss,
     reference_indices,
 )
-from segformer import MIT_VARIANTS, InputError, SegFormer, load_pretrained, mit, segmentation_loss
+from segformer import (
+    MIT_VARIANTS,
+    InputError,
+    SegFormer,
+    load_pretrained,
+    mit,
+    read_checkpoint,
+    segmentation_loss,
+)
 
 torch.set_num_threads(1)  # at tiny sizes as fast as more, and in several processes at once faster
 
@@ -752,6 +760,24 @@ def test_hugging_faces_head_is_ours_and_mmsegmentations_is_not():
             {f"backbone.{k}": v for k, v in in_other_names(encoder, MMSEGMENTATION).items()}
             | other,
         )
+
+
+def test_safetensors_are_read(tmp_path):
+    header = (
+        b'{"__metadata__":{"format":"pt"},'
+        b'"a":{"dtype":"F32","shape":[2,1],"data_offsets":[2,10]},'
+        b'"b":{"dtype":"BF16","shape":[],"data_offsets":[0,2]}}'
+    )
+    data = bytes([0x80, 0x3F]) + bytes([0, 0, 0x80, 0x3F, 0, 0, 0, 0xC0])  # 1; 1 and -2
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    tensors = read_checkpoint(path)
+    assert tensors.keys() == {"a", "b"}
+    assert tensors["a"].tolist() == [[1], [-2]]
+    assert tensors["b"].dtype == torch.bfloat16 and tensors["b"].item() == 1
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="can't be read"):
+        read_checkpoint(path)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

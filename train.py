@@ -403,7 +403,15 @@ def make_parser() -> ArgumentParser:
                        help="iterations between checkpoints: what a crash costs at most")
     group.add_argument("--eval-every", type=int, default=0, metavar="N",
                        help="iterations between evaluations; 0 evaluates at the end alone")
+    add_clip_arguments(parser)
+    add_optimiser_arguments(parser)
+    add_mrcfa_arguments(parser)
+    add_device_arguments(parser)
+    return parser
 
+
+def add_clip_arguments(parser: ArgumentParser):
+    """The flags of how clips are cut from the videos."""
     group = parser.add_argument_group("clips")
     group.add_argument("--batch-size", type=positive, metavar="N",
                        help="clips a process takes at a time; the paper's 8 are 4 GPUs x 2")
@@ -417,6 +425,9 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--crop", type=positive, nargs=2, metavar=("H", "W"),
                        help="multiples of 32: memory and time depend on it")
 
+
+def add_optimiser_arguments(parser: ArgumentParser):
+    """The flags of how long, and at which rates, is trained."""
     group = parser.add_argument_group("optimiser")
     group.add_argument("--accumulate", type=positive, default=1, metavar="N",
                        help="batches an iteration: a large one in little memory")
@@ -431,6 +442,9 @@ def make_parser() -> ArgumentParser:
                        help="iterations over which the rate rises, by default as in the recipe "
                             "but at most a tenth of the training")
 
+
+def add_mrcfa_arguments(parser: ArgumentParser):
+    """The flags of MRCFA's own parts."""
     group = parser.add_argument_group("MRCFA, and what it is without its parts")
     group.add_argument("--reference-stride", type=int, choices=(16, 32),
                        help="of reference tokens: 16 is finer, and slower")
@@ -446,8 +460,6 @@ def make_parser() -> ArgumentParser:
                        help="use SAR")
     group.add_argument("--aggregate", action=argparse.BooleanOptionalAction, default=True,
                        help="use MAA; without it there is the finest scale alone")
-    add_device_arguments(parser)
-    return parser
 
 
 def parse_args() -> argparse.Namespace:
