@@ -7,6 +7,7 @@ The VSPW layout, also for your own videos:
     DIR/classes.txt                 one class name a line (VSPW itself does without)
     DIR/data/<video>/origin/*.jpg   frames, ordered by the numbers in their names (.png is fine)
     DIR/data/<video>/mask/*.png     label maps: 0 or 255 = ignored, 1 ... K = classes 0 ... K-1
+                                    (with first_label = 0: 0 ... K-1, and 255 = ignored)
 
 Cityscapes' official folders, in which one frame of 30 is labelled:
 
@@ -18,32 +19,38 @@ OSError, with one line that names the file.
 """
 import argparse
 import codecs
-import contextlib
+import colorsys
+import datetime
+import http.client
 import io
 import math
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from decimal import Decimal
+from functools import lru_cache, partial
 from itertools import chain, zip_longest
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from segformer import STRIDE, InputError, bilinear_matrix, row_bands
+from segformer import STRIDE, InputError, bilinear_matrix, read_state_dict
 
 IGNORE = 255
 MAX_CLASSES = 254                   # a label map of 8 bits holds these, 0 and 255
+WRONG = 254                         # a value that is no class, to hatch errors with
 MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]   # of ImageNet's RGB, 0 ... 255
 STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 FRAME_SIZE = (853, 480)             # VSPW's long and short side: frames are scaled to fit
@@ -57,7 +64,11 @@ CONTRAST = (0.5, 1.5)               # factors,
 SATURATION = (0.5, 1.5)
 HUE = 18 / 180                      # and a share of the colour circle
 CHECKED_MASKS = 200                 # that a run looks into before it begins
+FREQUENT = 0.05                     # share of pixels from which on 0 looks like a class
 SPARSE_SHARE = 0.25                 # of pixels to interpolate, up to which one by one is faster
+LONGEST_WAIT = datetime.timedelta(hours=3)  # for another process, which may evaluate a long video
+TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}   # variables it sets
+
 
 VSPW_CLASSES = """
 wall ceiling door stair ladder escalator playground_slide handrail_or_fence window rail goal
@@ -90,6 +101,7 @@ class Video:
     frames: Sequence[Path]
     masks: Sequence[Path | None]
     offsets: tuple[int, ...] = ()   # of the references in `frames`, if the training doesn't say
+    first_label: int = 1            # the value of class 0 in the label maps
 
 
 def read_lines(path: Path) -> list[str]:
@@ -124,8 +136,9 @@ def read_classes(root: Path, default: Sequence[str] = ()) -> list[str]:
                              "label 1 first (only VSPW does without: --dataset vspw)")
         return list(default)
     classes = read_lines(path)
-    if not 1 <= len(classes) <= MAX_CLASSES:
-        raise InputError(f"{path}: {len(classes)} classes; a label map can hold 1 to {MAX_CLASSES}")
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        raise InputError(f"{path}: names {len(classes)} classes; give 2 to {MAX_CLASSES} (the "
+                         "background, too, is a class)")
     return classes
 
 
@@ -148,8 +161,8 @@ def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: Path, ro
         print(f"warning: {differences[0]} ({len(differences)} names differ)", file=sys.stderr)
 
 
-def read_split(root: Path, split: str, offsets: Sequence[int] = (),
-               sparse: bool = False) -> list[Video]:
+def read_split(root: Path, split: str, offsets: Sequence[int] = (), sparse: bool = False,
+               first_label: int = 1) -> list[Video]:
     """The videos of a split; of Cityscapes only the frames at `offsets` from the labelled ones.
 
     Where `sparse`, frames may lack masks, but not all of a video's. Errors name what is missing.
@@ -157,18 +170,23 @@ def read_split(root: Path, split: str, offsets: Sequence[int] = (),
     if is_cityscapes(root):
         return read_cityscapes(root, split, offsets)
     path = root / f"{split}.txt"
-    names = read_lines(path)
-    if not names:
-        raise InputError(f"{path}: names no video")
-    for name in names:
-        if names.count(name) > 1:
+    videos: dict[str, Video] = {}
+    for line in read_lines(path):
+        name = PurePosixPath(line)
+        if name.is_absolute() or ".." in name.parts or not name.parts:
+            raise InputError(f"{path}: {line!r} is no name of a folder inside {root / 'data'}")
+        name = str(name)                                    # `v/` is `v`
+        if name in videos:
             raise InputError(f"{path}: names the video {name} twice")
-    return [read_video(root / "data" / name, name, path, sparse) for name in names]
+        videos[name] = read_video(root / "data" / name, name, sparse, first_label)
+    if not videos:
+        raise InputError(f"{path}: names no video")
+    return list(videos.values())
 
 
-def read_video(folder: Path, name: str, split: Path, sparse: bool) -> Video:
-    """One video of the VSPW layout, which the file `split` names."""
-    frames = list_frames(folder / "origin", f", but {split.name} names this video")
+def read_video(folder: Path, name: str, sparse: bool, first_label: int) -> Video:
+    """One video of the VSPW layout."""
+    frames = list_frames(folder / "origin")
     present = set((folder / "mask").glob("[!.]*.png"))
     masks: list[Path | None] = []
     for frame in frames:
@@ -187,7 +205,7 @@ def read_video(folder: Path, name: str, split: Path, sparse: bool) -> Video:
         first = folder / "mask" / f"{frames[masks.index(None)].stem}.png"
         raise InputError(f"{first}: no such mask ({labelled} of this video's {len(frames)} frames "
                          "are labelled; --labels sparse allows that)")
-    return Video(name, frames, masks)
+    return Video(name, frames, masks, first_label=first_label)
 
 
 def read_cityscapes(root: Path, split: str, offsets: Sequence[int]) -> list[Video]:
@@ -221,38 +239,36 @@ def read_cityscapes(root: Path, split: str, offsets: Sequence[int]) -> list[Vide
         for side in sides if split == "train" else sides[:1]:
             frames = [*side, city / f"{name}_leftImg8bit.png"]
             masks = [None] * len(side) + [label]
-            videos.append(Video(name, frames, masks, tuple(range(len(offsets), 0, -1))))
+            places = tuple(range(len(offsets), 0, -1))
+            videos.append(Video(name, frames, masks, places, first_label=0))
     return videos
 
 
-def number_order(path: Path) -> tuple:
+def number_order(path: Path, number: str = r"\d+") -> tuple:
     """A sort key for files: by the numbers in their names, frame_9 before frame_10."""
-    parts = re.split(r"(\d+)", path.stem)           # text and numbers in turns
+    parts = re.split(f"({number})", path.stem)      # text and numbers in turns
     for i in range(1, len(parts), 2):
-        parts[i] = int(parts[i])
+        parts[i] = Decimal(parts[i])
     return parts, path.name
 
 
-def list_frames(folder: Path, why: str = "") -> list[Path]:
-    """The frames in a folder, in the order of the numbers in their names."""
+def list_frames(folder: Path) -> list[Path]:
+    """The frames in a folder, in the order of the numbers in their names.
+
+    InputError where there are none, or where names like 1.05 and 1.1 have two orders.
+    """
     frames = []
-    for path in Path(folder).glob("[!.]*"):
-        suffix = path.suffix.lower()
-        if suffix in FRAME_SUFFIXES:
+    for path in Path(folder).iterdir():
+        if path.suffix.lower() in FRAME_SUFFIXES and not path.name.startswith("."):
             frames.append(path)
-        elif suffix in Image.registered_extensions():
-            raise InputError(f"{path}: frames are {', '.join(FRAME_SUFFIXES)}; convert it, or "
-                             "remove it from the folder")
     if not frames:
-        raise InputError(f"{folder}: no such folder, or no frames in it "
-                         f"({', '.join(FRAME_SUFFIXES)}){why}")
+        raise InputError(f"{folder}: no frames in it ({', '.join(FRAME_SUFFIXES)})")
     frames.sort(key=number_order)
-    by_stem: dict[str, Path] = {}
-    for path in frames:
-        twin = by_stem.setdefault(path.stem, path)
-        if twin is not path:
-            raise InputError(f"{path}: {twin.name} has the same name, so their masks would; remove "
-                             "one of the two")
+    decimal = sorted(frames, key=partial(number_order, number=r"\d+(?:\.\d+)?"))
+    for path, other in zip(frames, decimal, strict=True):
+        if path != other:
+            raise InputError(f"{path}: comes after {other.name} if its dot begins decimals, and "
+                             "before it if not; number the frames without dots")
     return frames
 
 
@@ -264,6 +280,8 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception as error:      # each of Pillow's decoders raises its own
         why = getattr(error, "strerror", None) or f"not a readable image ({error}); replace it"
         raise InputError(f"{path}: {why}") from None
@@ -302,12 +320,16 @@ def read_index_map(path: Path, size: tuple[int, int]) -> Image.Image:
     if not header.startswith(PNG_SIGNATURE):
         raise InputError(f"{path}: is not a PNG inside; a mask must be one, because other formats "
                          "change values")
-    if image.mode.startswith("RGB"):
-        raise InputError(f"{path}: is a colour picture in mode {image.mode} ({colours_of(image)}); "
-                         "a mask is a grey or palette PNG, in which a pixel's value is its class")
     if image.mode not in ("1", "L", "P") or image.size != size:
         raise InputError(f"{path}: {image.size} in mode {image.mode}; a mask has its frame's size, "
-                         f"here {size}, and is an 8-bit single-channel image (mode L or P)")
+                         f"here {size}, and is a grey or palette PNG of 8 bits (mode L or P), in "
+                         "which a pixel's value is its class")
+    if image.mode == "P":
+        colours = np.array(image.getpalette()).reshape(-1, 3)
+        greys = np.arange(len(colours))[:, None]
+        if (colours == colours[:, :1]).all() and (colours != greys).any():
+            raise InputError(f"{path}: its pixels show greys other than the values they store, as "
+                             "an image optimiser leaves them; save it as a grey PNG")
     values = np.array(image, dtype=np.uint8)        # of a palette image its indices
     bits = header[24]
     if image.mode == "L" and bits < 8:              # Pillow stretches greys to 0 ... 255
@@ -315,24 +337,23 @@ def read_index_map(path: Path, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(values)
 
 
-def colours_of(image: Image.Image) -> str:
-    """Up to ten colours of an image, for an error message."""
-    colours = np.unique(np.array(image.convert("RGB")).reshape(-1, 3), axis=0)
-    shown = ", ".join(str(tuple(colour)) for colour in colours[:10].tolist())
-    if len(colours) <= 10:
-        return f"colours {shown}"
-    return f"{len(colours)} colours, among them {shown}"
+def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label: int = 1
+                ) -> Image.Image:
+    """A label map of the given (width, height), with classes 0 ... K-1, and 255 for all ignored.
 
-
-def read_labels(path: Path, size: tuple[int, int], num_classes: int) -> Image.Image:
-    """A label map of the given (width, height), with classes 0 ... K-1, and 255 for all ignored."""
+    In the file classes count from `first_label`, 1 or 0.
+    """
     image = read_index_map(path, size)
     if path.name.endswith("_gtFine_labelIds.png"):
         values = CITYSCAPES_IDS
     elif path.name.endswith("_gtFine_labelTrainIds.png"):
         values = range(num_classes)
     else:
-        values = range(1, num_classes + 1)
+        values = range(first_label, first_label + num_classes)
+        if first_label and has_own_palette(path):
+            raise InputError(f"{path}: has the colours of a predicted mask, which counts classes "
+                             "from 0, but label maps count from 1 here; --first-label 0 reads them "
+                             "as predicted masks are")
     counts = image.histogram()[:IGNORE]
     highest = max((value for value in range(IGNORE) if counts[value]), default=0)
     if highest > max(values):
@@ -347,45 +368,76 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int) -> Image.Im
 def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
     """Look into the masks of a split before a long run: all of them, or the first CHECKED_MASKS.
 
-    InputError if one can't be used or no pixel has a class. A line on stderr says what else is odd:
-    a single class, masks without any, classes that never occur.
+    InputError if one can't be used, or no pixel has a class. A line on stderr says what looks
+    wrong: classes that never occur, and masks that seem to count from 0.
     """
-    by_video = [[mask for mask in video.masks if mask] for video in videos]
-    first_ones_first = chain(*zip_longest(*by_video))       # the first mask of each video, ...
-    masks = [mask for mask in first_ones_first if mask]
-    found: set[int] = set()
-    empty = []
-    for i, mask in enumerate(masks):
-        if i >= CHECKED_MASKS and found:
+    by_video = [zip(video.masks, video.frames, strict=True) for video in videos]
+    pairs = []
+    for pair in chain(*zip_longest(*by_video)):             # the first of each video, then ...
+        if pair and pair[0]:
+            pairs.append(pair)
+    first_label = videos[0].first_label
+    counts = np.zeros(256, dtype=np.int64)
+    zeros = 0
+    for i, (mask, frame) in enumerate(pairs):
+        if i >= CHECKED_MASKS and counts[:IGNORE].any():
             break
-        labels = read_labels(mask, read_image(mask).size, len(classes))
-        counts = labels.histogram()[:len(classes)]
-        present = {k for k in range(len(classes)) if counts[k]}
-        found |= present
-        if not present:
-            empty.append(mask)
-    numbers = f"0 and 255 are ignored, 1 is {classes[0]!r}, and so on"
-    if not found:
-        raise InputError(f"{masks[0]}: no pixel of this mask or of the {split} split's other "
-                         f"{len(masks) - 1} has a class: {numbers}")
-    missing = [name for k, name in enumerate(classes) if k not in found]
-    if len(found) == 1 and missing:
-        only = classes[found.pop()]
-        print(f"warning: all labelled pixels of the {split} split are {only!r}: {numbers}",
-              file=sys.stderr)
-    elif missing and split == "train" and len(masks) <= CHECKED_MASKS:
+        size = read_image(frame).size
+        counts += read_labels(mask, size, len(classes), first_label).histogram()
+        zeros += read_index_map(mask, size).histogram()[0]
+    numbers = f"{'0 and 255 are' if first_label else '255 is'} ignored, {first_label} is " \
+              f"{classes[0]!r}, and so on"
+    if not counts[:IGNORE].any():
+        raise InputError(f"{pairs[0][0]}: no pixel of this mask or of the {split} split's other "
+                         f"{len(pairs) - 1} has a class: {numbers}")
+    missing = [name for k, name in enumerate(classes) if not counts[k]]
+    highest = first_label + int(counts[:len(classes)].nonzero()[0].max())
+    if first_label and highest == len(classes) - 1 and zeros > FREQUENT * counts.sum():
+        print(f"warning: the masks of the {split} split have the values 0 ... {len(classes) - 1}, "
+              f"as if they counted classes from 0, but {numbers}; with --first-label 0, 0 is "
+              f"{classes[0]!r}", file=sys.stderr)
+    elif missing and split == "train" and len(pairs) <= CHECKED_MASKS:
         print(f"warning: no mask of the {split} split has {', '.join(missing)}: {numbers}",
               file=sys.stderr)
-    if empty and len(masks) <= CHECKED_MASKS:
-        print(f"warning: {len(empty)} of {len(masks)} masks of the {split} split, {empty[0]} for "
-              f"one, have no pixel with a class: {numbers}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------ colours of masks
+
+def make_palette() -> list[int]:
+    """A colour for each class: hues a golden ratio apart, in three brightnesses."""
+    palette = []
+    for k in range(MAX_CLASSES):
+        hue = k * 0.618034 % 1
+        saturation = 0.55 + k % 3 / 5
+        brightness = 0.95 - k // 3 % 3 / 5
+        rgb = colorsys.hsv_to_rgb(hue, saturation, brightness)
+        palette += [round(255 * value) for value in rgb]
+    return palette + 3 * [255] + 3 * [0]        # WRONG is white, IGNORE black
+
+
+PALETTE = make_palette()
+
+
+def coloured(mask: np.ndarray) -> Image.Image:
+    """Classes (H, W) uint8 as a palette image, pixel = class; 255, ignored, is black."""
+    image = Image.fromarray(mask)
+    image.putpalette(PALETTE)
+    return image
+
+
+def has_own_palette(path: Path) -> bool:
+    """Whether an image file has the palette of `coloured`."""
+    with Image.open(path) as image:
+        palette = image.getpalette() or []
+    return len(palette) > 3 and palette == PALETTE[:len(palette)]
 
 
 # ------------------------------------------------------------------ into and out of the network
 
-def fit(size: tuple[int, int], long: float, short: float) -> tuple[int, int]:
-    """(width, height) scaled so that the long side fits into `long`, the short into `short`."""
-    scale = min(long / max(size), short / min(size))
+def fit(size: tuple[int, int], frame_size: Sequence[float]) -> tuple[int, int]:
+    """(width, height) scaled so that the longer side fits into the longer one of `frame_size`, and
+    the shorter into the shorter."""
+    scale = min(max(frame_size) / max(size), min(frame_size) / min(size))
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
 
@@ -395,7 +447,7 @@ def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) ->
     The frame is fitted into `frame_size` (long, short), then resized up to multiples of 32. Both
     resizes are bilinear as OpenCV does it: half-pixel centres, no antialiasing, rounded.
     """
-    width, height = fit(image.size, *frame_size)
+    width, height = fit(image.size, frame_size)
     padded = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()    # channels-last: fast
     for size in ((height, width), padded):
@@ -404,96 +456,15 @@ def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) ->
     return (x[0] - MEAN).div_(STD)
 
 
-def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequence[int]) -> Tensor:
-    """Logits (K, h, w) -> classes (H, W) uint8 at the frame's size.
-
-    The protocol's two bilinear resizes, to the network's input size and from there to the frame's,
-    then argmax. Sizes are (height, width).
-    """
-    # Bilinear weights are positive, sum to 1 and are the same for all classes. So where one class
-    # is the largest at all positions that a pixel reads from, it is the pixel's class.
-    h, w = logits.shape[1:]
-    rows, row_weights = positions_read(h, network_size[0], frame_size[0])
-    columns, column_weights = positions_read(w, network_size[1], frame_size[1])
-    rows, columns = rows.to(logits.device), columns.to(logits.device)
-    largest = logits.max(0).indices.to(torch.uint8)                     # (h, w)
-    if (largest[:, 1:] != largest[:, :-1]).float().mean() > SPARSE_SHARE:
-        return decode_everywhere(logits, network_size, frame_size)
-    lowest = highest = largest
-    for dim, positions in ((1, columns), (0, rows)):                    # of all that a pixel reads
-        lowest = extremum(lowest, positions, dim, torch.minimum)
-        highest = extremum(highest, positions, dim, torch.maximum)
-    mask = lowest                                                       # (H, W)
-    undecided = lowest != highest
-    if undecided.count_nonzero() > SPARSE_SHARE * mask.numel():
-        return decode_everywhere(logits, network_size, frame_size)
-
-    # Interpolate the logits of all classes at the M pixels that are left, as a weighted sum of the
-    # positions that they read from.
-    y, x = undecided.nonzero(as_tuple=True)
-    weights = row_weights.to(logits)[y][:, :, None] * column_weights.to(logits)[x][:, None]
-    positions = rows[y][:, :, None] * w + columns[x][:, None]           # (M, few, few)
-    table = logits.flatten(1).T.contiguous()                            # (h w, K)
-    interpolated = F.embedding_bag(positions.flatten(1), table, mode="sum",
-                                   per_sample_weights=weights.flatten(1))   # (M, K)
-    mask[undecided] = interpolated.argmax(1).to(torch.uint8)
-    return mask
-
-
-def resize_matrix(size: int, network_size: int, frame_size: int) -> Tensor:
-    """Both resizes of a side as one matrix (frame_size, size)."""
-    return bilinear_matrix(network_size, frame_size) @ bilinear_matrix(size, network_size)
-
-
-@lru_cache(maxsize=16)
-def positions_read(size: int, network_size: int, frame_size: int) -> tuple[Tensor, Tensor]:
-    """Where the pixels of a side read from after both resizes, and weights: (frame_size, few)."""
-    matrix = resize_matrix(size, network_size, frame_size)
-    read = matrix > 0
-    few = int(read.sum(1).max())
-    first = read.int().argmax(1).clamp(max=size - few)
-    positions = first[:, None] + torch.arange(few)
-    return positions, matrix.gather(1, positions)
-
-
-def extremum(x: Tensor, positions: Tensor, dim: int, of_two) -> Tensor:
-    """The smallest or largest of x along `dim` over each row of `positions` (n, few)."""
-    result = x.index_select(dim, positions[:, 0])
-    for column in positions.T[1:]:
-        result = of_two(result, x.index_select(dim, column))
-    return result
-
-
-def decode_everywhere(logits: Tensor, network_size: Sequence[int],
-                      frame_size: Sequence[int]) -> Tensor:
-    """`decode_mask` at every pixel, in bands that stay in a CPU's cache."""
-    h, w = logits.shape[1:]
-    wide = []
-    for _, source, matrix in resize_bands(w, network_size[1], frame_size[1], 64):
-        wide.append(logits[:, :, source] @ matrix.to(logits).T)
-    wide = torch.cat(wide, dim=2)                                       # (K, h, W)
-    mask = []
-    for _, source, matrix in resize_bands(h, network_size[0], frame_size[0], 16):
-        full = matrix.to(logits) @ wide[:, source]                      # (K, 16, W)
-        mask.append(full.max(0).indices.to(torch.uint8))
-    return torch.cat(mask)
-
-
-@lru_cache(maxsize=16)
-def resize_bands(size: int, network_size: int, frame_size: int, rows: int) -> list[tuple]:
-    """`row_bands` of both resizes of a side."""
-    return row_bands(resize_matrix(size, network_size, frame_size), rows)
-
-
 # ----------------------------------------------------------------------------------- training
 
 class ClipDataset(torch.utils.data.Dataset):
     """Random training clips: item i -> (images (T, 3, h, w) float32, labels int64, 255 = ignored).
 
-    Labels are (T, h, w), or (h, w) where the target, the last frame, is the only one that must have
-    them. The items never end: len(videos) in a row are an epoch, one clip of each video. Item i
-    depends on (seed, i) alone. Videos without a labelled frame that has all its references are left
-    out, and counted in `too_short`. InputError where all are.
+    Labels are (T, h, w), or (h, w), the target's alone, where frames of the videos lack masks. The
+    target is the last frame. The items never end: len(videos) in a row are an epoch, one clip of
+    each video. Item i depends on (seed, i) alone. Videos without a labelled frame that has all its
+    references are left out, and counted in `too_short`. InputError where all are.
     """
 
     def __init__(self, videos: Sequence[Video], num_classes: int, offsets: Sequence[int],
@@ -505,58 +476,57 @@ class ClipDataset(torch.utils.data.Dataset):
         self.frame_size = frame_size
         self.scale_range = scale_range
         self.seed = seed
+        self.sparse = any(None in video.masks for video in videos)
         self.videos = []
-        self.ways = []                              # of each video, see `both_ways`
+        self.directions = []                        # of each video, see `both_directions`
         for video in videos:
-            ways = self.both_ways(video)
-            if any(targets for _, targets in ways):
+            directions = self.both_directions(video)
+            if any(targets for _, targets in directions):
                 self.videos.append(video)
-                self.ways.append(ways)
+                self.directions.append(directions)
         self.too_short = len(videos) - len(self.videos)
         if not self.videos:
             raise InputError(f"none of the {len(videos)} training videos has a labelled frame with "
                              f"others {max(offsets)} frames before or after it; give smaller "
                              "offsets (--dilation)")
 
-    def both_ways(self, video: Video) -> list[tuple[Video, list[int]]]:
+    def both_directions(self, video: Video) -> list[tuple[Video, list[int]]]:
         """A video forwards and backwards, each with its possible targets: labelled, with all
         references."""
         backwards = replace(video, frames=video.frames[::-1], masks=video.masks[::-1])
         first = max(video.offsets or self.offsets)
-        ways = []
-        for way in (video, backwards):
-            targets = [t for t in range(first, len(way.masks)) if way.masks[t]]
-            ways.append((way, targets))
-        return ways
+        directions = []
+        for played in (video, backwards):
+            targets = [t for t in range(first, len(played.masks)) if played.masks[t]]
+            directions.append((played, targets))
+        return directions
 
-    def choose(self, index: int) -> tuple[list[Path], list[Path | None], np.random.Generator]:
+    def choose(self, index: int) -> tuple[Video, np.random.Generator]:
         """Item i's frames and masks, target last, and the random numbers for its augmentation."""
         epoch, place = divmod(index, len(self.videos))
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.videos))
-        ways = self.ways[order[place]]
+        directions = self.directions[order[place]]
         rng = np.random.default_rng((self.seed, 1, index))
-        chosen = rng.integers(max(len(targets) for _, targets in ways))
-        first, second = ways
+        chosen = rng.integers(max(len(targets) for _, targets in directions))
+        first, second = directions
         if rng.random() < 0.5:
             first, second = second, first
-        way, targets = first
-        if not targets:
-            way, targets = second
+        video, targets = first if first[1] else second
         target = targets[chosen % len(targets)]
-        clip = [target - offset for offset in (*(way.offsets or self.offsets), 0)]
-        return [way.frames[t] for t in clip], [way.masks[t] for t in clip], rng
+        clip = [target - offset for offset in (*(video.offsets or self.offsets), 0)]
+        frames, masks = [video.frames[t] for t in clip], [video.masks[t] for t in clip]
+        return replace(video, frames=frames, masks=masks), rng
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        paths, masks, rng = self.choose(index)
-        if None in masks:
-            masks = masks[-1:]
-        frames = list(read_frames(paths))
-        labels = [read_labels(mask, frames[0].size, self.num_classes) for mask in masks]
+        clip, rng = self.choose(index)
+        frames = list(read_frames(clip.frames))
+        labels = []
+        for mask in clip.masks[-1:] if self.sparse else clip.masks:
+            labels.append(read_labels(mask, frames[0].size, self.num_classes, clip.first_label))
 
         # Scale, crop and flip all frames alike.
         factor = rng.uniform(*self.scale_range)
-        long, short = self.frame_size
-        scaled_size = fit(frames[0].size, long * factor, short * factor)
+        scaled_size = fit(frames[0].size, [side * factor for side in self.frame_size])
         size, box = self.choose_crop(labels[-1], scaled_size, rng)
         flip = rng.random() < 0.5
         frames = [cut(frame, size, box, flip, Image.Resampling.BILINEAR) for frame in frames]
@@ -571,7 +541,7 @@ class ClipDataset(torch.utils.data.Dataset):
         targets = torch.full((len(labels), *self.crop), IGNORE)
         for target, label in zip(targets, labels, strict=True):
             target[:height, :width] = torch.from_numpy(np.array(label))
-        return images, targets if len(targets) == len(images) else targets[-1]
+        return images, targets[-1] if self.sparse else targets
 
     def choose_crop(self, label: Image.Image, size: tuple[int, int], rng: np.random.Generator):
         """A crop of the frame scaled to `size`: its (width, height), and its box in the unscaled
@@ -589,13 +559,6 @@ class ClipDataset(torch.utils.data.Dataset):
             if present > 1 and max(counts) < MAX_CLASS_SHARE * sum(counts):
                 break
         return crop, box
-
-
-def collate_clips(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """A batch of clips. If some have the target's labels alone, the batch has only the targets'."""
-    if any(labels.ndim == 2 for _, labels in items):
-        items = [(images, labels if labels.ndim == 2 else labels[-1]) for images, labels in items]
-    return default_collate(items)
 
 
 def cut(image: Image.Image, size: tuple[int, int], box: tuple[float, ...], flip: bool,
@@ -670,8 +633,11 @@ def write_synthetic(root: Path, seed: int = 0):
                     write_image(labels, made / "data" / name / "mask" / f"{t:05d}.png")
             write_whole(made / f"{split}.txt", ("\n".join(names) + "\n").encode())
         write_whole(made / "classes.txt", ("\n".join(SYNTHETIC_CLASSES) + "\n").encode())
-        if not root.exists():                   # another process may have been faster
+        try:
             made.rename(root)
+        except OSError:
+            if not root.exists():               # else another machine's process was faster
+                raise
 
 
 def synthetic_video(rng: np.random.Generator) -> Iterator[tuple[Image.Image, Image.Image]]:
@@ -771,7 +737,13 @@ def spoil(picture: np.ndarray, moment: str, rng: np.random.Generator):
 # ------------------------------------------------------- files, progress and errors of the scripts
 
 def write_whole(path: Path, content: bytes | memoryview, durable: bool = False):
-    """Write a file whole or not at all, if `durable` even in a power cut. OSError with its path."""
+    """Write a file whole or not at all, if `durable` even in a power cut. OSError with its path.
+
+    What is no file, like /dev/stdout, is written to and stays what it is.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -830,60 +802,45 @@ def refuse_to_overwrite(path: Path, instead: str = "give another name"):
         raise InputError(f"{path}: exists already, and nothing is overwritten; {instead}")
 
 
-class SafeStream:
-    """stdout or stderr that never fails a run: not on a closed pipe, not on a full disk, and not on
-    a character that the terminal can't show."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str):
-        """Write what can be written."""
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        self.attempt(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
-
-    def flush(self):
-        """Flush what can be flushed."""
-        self.attempt(self.stream.flush)
-
-    def attempt(self, call, *args):
-        """Make a call; if that fails, send all that follows to nowhere."""
-        try:
-            call(*args)
-        except OSError:
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())
-
-
 def run_script(main: Callable[[], None]):
     """Run a script's main. What a person can put right is one line on stderr, and exit code 2.
 
     Python's own development mode, `python -X dev train.py`, shows where the line comes from.
     """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:          # closed, by a service or a window without console
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))
+    for stream in (sys.stdout, sys.stderr):     # what a terminal can't show is no error
+        stream.reconfigure(errors="backslashreplace")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, interrupt)
-    out, err = SafeStream(sys.stdout), SafeStream(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main()
-        except (InputError, OSError, MemoryError, torch.OutOfMemoryError,
-                KeyboardInterrupt) as error:
-            if sys.flags.dev_mode:
-                raise
-            print(f"{Path(sys.argv[0]).name}: {in_one_line(error)}", file=sys.stderr)
-            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
-        except RuntimeError as error:
-            if "DefaultCPUAllocator" not in str(error) or sys.flags.dev_mode:
-                raise
-            print(f"{Path(sys.argv[0]).name}: {in_one_line(MemoryError())}", file=sys.stderr)
-            sys.exit(2)
-        finally:
-            out.flush()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    code: int | str | None = 0
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException as error:
+        line = in_one_line(error)
+        if line is None or sys.flags.dev_mode:
+            traceback.print_exc()
+            code = 1
+        else:
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+            code = 130 if isinstance(error, KeyboardInterrupt) else 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for loader in multiprocessing.active_children():
+        loader.kill()
+    if dist.is_initialized():
+        # At once: to take the group down could mean to wait for processes that wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def interrupt(number: int, _):
@@ -892,15 +849,137 @@ def interrupt(number: int, _):
     raise KeyboardInterrupt
 
 
-def in_one_line(error: BaseException) -> str:
-    """What an error says, for a person."""
+def in_one_line(error: BaseException) -> str | None:
+    """What an error says that a person can put right; None for any other."""
+    text = str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return ("out of memory; smaller frames or a smaller batch need less (--frame-size, --crop, "
-                "--batch-size with --accumulate)")
+                "--batch-size, --accumulate)")
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    # An error in a loader's process arrives with that process's traceback before its last line.
-    last = str(error).strip().splitlines()[-1]
-    return re.sub(r"^[\w.]*Error: ", "", last)
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:
+        return f"a process that loads clips ended: {text.strip().splitlines()[-1]}"
+    if isinstance(error, dist.DistError) or dist.is_initialized() and "gloo" in text:
+        return "lost contact with another process; its own message says why"
+    if isinstance(error, (InputError, OSError)):
+        # One in a loader's process arrives with that process's traceback before its last line.
+        return re.sub(r"^[\w.]*Error: ", "", text.strip().splitlines()[-1])
+    return None
+
+
+def download_pretrained(source: str) -> Path:
+    """A file of pretrained weights: `source` itself, if it is one here, or of that OWNER/NAME on
+    Hugging Face, in torch.hub's folder, fetched if it isn't there yet.
+
+    The variable HF_ENDPOINT replaces the host. InputError, with the address, where that fails.
+    """
+    path = file_path(source)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return path
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    folder = Path(torch.hub.get_dir(), "checkpoints", source)
+    files = [folder / name for name in ("pytorch_model.bin", "model.safetensors")]
+    for file in files:
+        if file.exists():
+            return file
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        url = f"{host}/{source}/resolve/main/{file.name}"
+        try:
+            with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
+                download = Path(temporary) / file.name
+                torch.hub.download_url_to_file(url, download, progress=sys.stderr.isatty())
+                if download.read_bytes()[:20].lstrip().startswith(b"<"):
+                    raise InputError(f"{url}: is a web page, not a file of weights")
+                read_state_dict(download)               # whole, or an error
+                os.replace(download, file)
+                return file
+        except (OSError, http.client.HTTPException, InputError) as error:
+            if getattr(error, "code", 0) == 404 and file != files[-1]:
+                continue
+            raise InputError(f"{source}: no file here, and {url} can't be fetched ({error}); put "
+                             f"it at {file}, or give the path of another") from None
+
+
+def join_processes(args: argparse.Namespace):
+    """Meet the other processes of torchrun, if it started this one. Each takes its own GPU."""
+    if not TORCHRUN <= os.environ.keys():
+        return
+    backend = "gloo"
+    if args.device.type == "cuda":
+        backend = "nccl"
+        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(args.device)
+    dist.init_process_group(backend, timeout=LONGEST_WAIT)
+
+
+def rank() -> int:
+    """This process's number among those of torchrun, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+# -------------------------------------------------------------------------- logits to a mask, fast
+
+def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequence[int]) -> Tensor:
+    """Logits (K, h, w) -> classes (H, W) uint8 at the frame's size.
+
+    The protocol's two bilinear resizes, to the network's input size and from there to the frame's,
+    then argmax. Sizes are (height, width).
+    """
+    if logits.device.type != "cpu":
+        return interpolate_and_decode(logits, network_size, frame_size)
+    # A first reading can skip the rest: it is the same and, with 124 classes, saves 240 ms a frame.
+    # Bilinear weights are positive, sum to 1 and are the same for all classes. So where one class
+    # is the largest at all positions that a pixel reads from, it is the pixel's class.
+    h, w = logits.shape[1:]
+    largest = logits.max(0).indices.to(torch.uint8)                     # (h, w)
+    rows, row_weights = positions_read(h, network_size[0], frame_size[0])
+    columns, column_weights = positions_read(w, network_size[1], frame_size[1])
+    lowest = highest = largest
+    for dim, positions in ((1, columns), (0, rows)):                    # of all that a pixel reads
+        lowest = extremum(lowest, positions, dim, torch.minimum)
+        highest = extremum(highest, positions, dim, torch.maximum)
+    mask = lowest                                                       # (H, W)
+    undecided = lowest != highest
+    if undecided.count_nonzero() > SPARSE_SHARE * mask.numel():
+        return interpolate_and_decode(logits, network_size, frame_size)
+
+    # Interpolate the logits of all classes at the M pixels that are left, as a weighted sum of the
+    # positions that they read from.
+    y, x = undecided.nonzero(as_tuple=True)
+    weights = row_weights.to(logits)[y][:, :, None] * column_weights.to(logits)[x][:, None]
+    positions = rows[y][:, :, None] * w + columns[x][:, None]           # (M, few, few)
+    table = logits.flatten(1).T.contiguous()                            # (h w, K)
+    interpolated = F.embedding_bag(positions.flatten(1), table, mode="sum",
+                                   per_sample_weights=weights.flatten(1))   # (M, K)
+    mask[undecided] = interpolated.argmax(1).to(torch.uint8)
+    return mask
+
+
+def interpolate_and_decode(logits: Tensor, network_size: Sequence[int],
+                           frame_size: Sequence[int]) -> Tensor:
+    """`decode_mask` as the protocol says it."""
+    for size in (network_size, frame_size):
+        logits = F.interpolate(logits.view(1, *logits.shape[-3:]), tuple(size), mode="bilinear")
+    return logits[0].argmax(0).to(torch.uint8)
+
+
+@lru_cache(maxsize=16)
+def positions_read(size: int, network_size: int, frame_size: int) -> tuple[Tensor, Tensor]:
+    """Where the pixels of a side read from after both resizes, and weights: (frame_size, few)."""
+    matrix = bilinear_matrix(network_size, frame_size) @ bilinear_matrix(size, network_size)
+    read = matrix > 0
+    few = int(read.sum(1).max())
+    first = read.int().argmax(1).clamp(max=size - few)
+    positions = first[:, None] + torch.arange(few)
+    return positions, matrix.gather(1, positions)
+
+
+def extremum(x: Tensor, positions: Tensor, dim: int, of_two) -> Tensor:
+    """The smallest or largest of x along `dim` over each row of `positions` (n, few)."""
+    result = x.index_select(dim, positions[:, 0])
+    for column in positions.T[1:]:
+        result = of_two(result, x.index_select(dim, column))
+    return result

@@ -6,11 +6,9 @@
     torchrun --nproc_per_node 4 eval.py ...                             # videos shared out
 """
 import argparse
-import colorsys
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections import deque
@@ -28,10 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, MAX_CLASSES,
-                  VSPW_CLASSES, ArgumentParser, Video, check_labels, check_same_classes,
-                  decode_mask, file_path, fit, is_cityscapes, list_frames, network_input, positive,
-                  progress, read_classes, read_frame, read_frames, read_index_map, read_labels,
-                  read_split, refuse_to_overwrite, run_script, write_image, write_whole)
+                  PALETTE, VSPW_CLASSES, WRONG, ArgumentParser, Video, check_labels,
+                  check_same_classes, coloured, decode_mask, file_path, fit, is_cityscapes,
+                  join_processes, list_frames, network_input, positive, progress, rank,
+                  read_classes, read_frame, read_frames, read_index_map, read_labels, read_split,
+                  refuse_to_overwrite, run_script, write_image, write_whole)
 from mrcfa import (MRCFA, OFFSETS, build_model, load_checkpoint, load_weights, naming,
                    reference_indices, rename_official)
 from segformer import (EMBED_DIM, MIT_VARIANTS, InputError, read_checkpoint, read_state_dict,
@@ -45,7 +44,6 @@ PICTURED_VIDEOS = 3             # of which there are pictures,
 PICTURED_FRAMES = 100           # of so many labelled frames of each,
 SHEET_FRAMES = 8                # and so many on a sheet
 PANEL = 200                     # the long side of a picture's panels, in pixels
-WRONG = 254                     # a value that is no class, for the hatching of errors
 PAPER_FPS = {                   # SegFormer's and MRCFA's
     "b0": (73.4, 50.0),
     "b1": (58.7, 40.1),
@@ -58,7 +56,8 @@ ROUNDS = 5                      # of the benchmark
 # ------------------------------------------------------------------------------------- metrics
 
 class SegmentationMetrics:
-    """IoUs and video consistencies over whole videos: classes are 0 ... K-1, 255 is ignored."""
+    """IoUs and temporal consistencies (mVC) over whole videos: classes are 0 ... K-1, 255 is
+    ignored."""
 
     def __init__(self, num_classes: int):
         if num_classes > IGNORE:
@@ -73,97 +72,71 @@ class SegmentationMetrics:
 
         Raises ValueError where shapes or types are wrong, or a value is no class.
         """
-        labels, predictions = torch.as_tensor(labels).cpu(), torch.as_tensor(predictions).cpu()
-        right_shape = labels.ndim == 3 and labels.shape == predictions.shape
-        if not right_shape or labels.is_floating_point() or predictions.is_floating_point():
-            raise InputError(f"labels {labels.dtype} {tuple(labels.shape)} and predictions "
-                             f"{predictions.dtype} {tuple(predictions.shape)} must both be "
-                             "integers and (frames, H, W)")
-        self.start_video()
+        labels = self.as_bytes(labels, "labels", [*range(self.num_classes), IGNORE])
+        predictions = self.as_bytes(predictions, "predictions", range(self.num_classes))
+        if labels.shape != predictions.shape:
+            raise InputError(f"labels {tuple(labels.shape)} and predictions "
+                             f"{tuple(predictions.shape)} must have one shape")
         for label, prediction in zip(labels, predictions, strict=True):
             self.add_frame(label, prediction)
         self.end_video()
 
-    def start_video(self):
-        """Forget what was added of a video that did not end."""
-        self.frames = 0
-        self.counts = torch.zeros(IGNORE + 1, IGNORE + 1, dtype=torch.int64)        # [label, mask]
-        self.windows: dict[int, list[float]] = {n: [] for n in WINDOWS}
-        self.last_windows: list[tuple[int, float]] = []     # that end with the frame added last
-        self.label = self.prediction = None                 # of that frame
-        self.label_run = self.prediction_run = None         # for how many frames each pixel has had
-                                                            # its value, up to the longest window
-
-    def add_frame(self, label: Tensor | None, prediction: Tensor | None):
-        """Add a video's next frame, two (H, W); None, None for one without a label."""
-        for n, consistency in self.last_windows:            # the video goes on: they count
-            self.windows[n].append(consistency)
-        self.last_windows = []
-        if label is None or prediction is None:
-            self.label = None
-        else:
-            label = self.as_bytes(label, "labels")
-            prediction = self.as_bytes(prediction, "predictions")
-            self.add_counts(label, prediction)
-            self.add_windows(label, prediction)
-        self.frames += 1
-
-    def as_bytes(self, values: Tensor, name: str) -> Tensor:
-        """Values in 0 ... 255 as uint8."""
-        if values.dtype == torch.uint8:
-            return values
-        values = values.long()                              # some unsigned integers can't do much
-        low, high = values.min().item(), values.max().item()
-        if low < 0 or high > IGNORE:
-            self.refuse(name, low, high)
+    def as_bytes(self, values, name: str, allowed: Iterable[int]) -> Tensor:
+        """Values of a video as uint8."""
+        values = torch.as_tensor(values).cpu()
+        if values.ndim != 3 or values.is_floating_point():
+            raise InputError(f"{name} {values.dtype} {tuple(values.shape)} must be integers and "
+                             "(frames, H, W)")
+        if values.dtype != torch.uint8:
+            values = values.long()
+        present = values.unique().tolist()
+        wrong = set(present) - set(allowed)
+        if wrong:
+            raise InputError(f"{name}: {min(wrong)} ... {max(wrong)} are no classes, which are 0 "
+                             f"... {self.num_classes - 1}")
         return values.to(torch.uint8)
 
-    def refuse(self, name: str, low: int, high: int):
-        """Raise the ValueError for values that are no classes."""
-        raise InputError(f"{name} in frame {self.frames}: {low} ... {high}, but classes are "
-                         f"0 ... {self.num_classes - 1}")
+    def start_video(self):
+        """Begin a video: nothing of it is known yet."""
+        self.label = self.prediction = None                 # of the frame before
+        self.label_run = self.prediction_run = None         # for how many frames each pixel has had
+                                                            # its value, up to the longest window
+        self.windows: dict[int, list[float | None]] = {n: [] for n in WINDOWS}
+                                                            # of the one that ends with each frame
 
-    def add_counts(self, label: Tensor, prediction: Tensor):
-        """Count the pairs of values at all pixels."""
+    def add_frame(self, label: Tensor | None, prediction: Tensor | None):
+        """Add a video's next frame, two (H, W) uint8; None, None for one without a label."""
+        if label is None or prediction is None:
+            self.label = None
+            for n in WINDOWS:
+                self.windows[n].append(None)
+            return
         pairs = label.int() * (IGNORE + 1) + prediction
         counts = torch.bincount(pairs.flatten(), minlength=(IGNORE + 1) ** 2)
         counts = counts.view(IGNORE + 1, IGNORE + 1)
-        for name, by_value in (("labels", counts.sum(1)[:IGNORE]), ("predictions", counts.sum(0))):
-            values = by_value.nonzero()
-            if len(values) and values.max() >= self.num_classes:
-                self.refuse(name, values.min().item(), values.max().item())
-        self.counts += counts
+        self.confusion += counts[:self.num_classes, :self.num_classes]
 
-    def add_windows(self, label: Tensor, prediction: Tensor):
-        """Find the consistencies of the windows that end with this frame."""
-        longest = max(WINDOWS)
         if self.label is None:                              # the first, or after one without label
-            self.run = 0
             self.label_run = torch.zeros_like(label)
             self.prediction_run = torch.zeros_like(label)
         else:
             self.label_run *= label == self.label
             self.prediction_run *= prediction == self.prediction
-        self.run += 1
-        self.label_run = (self.label_run + 1).clamp_(max=longest)
-        self.prediction_run = (self.prediction_run + 1).clamp_(max=longest)
+        self.label_run = (self.label_run + 1).clamp_(max=max(WINDOWS))
+        self.prediction_run = (self.prediction_run + 1).clamp_(max=max(WINDOWS))
         self.label, self.prediction = label, prediction
         for n in WINDOWS:
-            if self.run < n:
-                continue
             constant = self.label_run >= n
             pixels = constant.count_nonzero().item()
-            if pixels:
-                consistent = constant & (self.prediction_run >= n)
-                self.last_windows.append((n, consistent.count_nonzero().item() / pixels))
+            consistent = (constant & (self.prediction_run >= n)).count_nonzero().item()
+            self.windows[n].append(consistent / pixels if pixels else None)
 
     def end_video(self):
-        """Take over what was counted of the video. The protocol leaves out the consistencies of
-        short videos, and the window that ends with the video."""
-        self.confusion += self.counts[:self.num_classes, :self.num_classes]
-        if self.frames > max(WINDOWS):
-            for n in WINDOWS:
-                self.consistencies[n] += self.windows[n]
+        """Take over the video's windows. The protocol leaves out short videos, and the window that
+        ends with the video."""
+        for n, windows in self.windows.items():
+            if len(windows) > max(WINDOWS):
+                self.consistencies[n] += [window for window in windows[:-1] if window is not None]
         self.start_video()
 
     def class_iou(self) -> Tensor:
@@ -240,10 +213,14 @@ def in_background(items: Iterable) -> Iterator:
             yield item
 
 
-def network_inputs(video: Video, frame_size: Sequence[int]) -> Iterator[tuple[Tensor, tuple]]:
+def network_inputs(video: Video, frame_size: Sequence[int], device: torch.device
+                   ) -> Iterator[tuple[Tensor, tuple]]:
     """A video's frames as the network takes them, and their own (height, width)."""
     for image in read_frames(video.frames):
-        yield network_input(image, frame_size), image.size[::-1]
+        x = network_input(image, frame_size)
+        if device.type == "cuda":
+            x = x.pin_memory()          # from there it is copied beside other work
+        yield x, image.size[::-1]
 
 
 def network_outputs(video: Video, model: nn.Module, frame_size: Sequence[int],
@@ -251,8 +228,8 @@ def network_outputs(video: Video, model: nn.Module, frame_size: Sequence[int],
     """The logits (K, h, w) of a video's frames, the network's input size, and the frame's size."""
     device = next(model.parameters()).device
     stream = model.stream() if isinstance(model, MRCFA) else None
-    for x, size in in_background(network_inputs(video, frame_size)):
-        x = x.to(device)
+    for x, size in in_background(network_inputs(video, frame_size, device)):
+        x = x.to(device, non_blocking=True)
         with torch.no_grad(), torch.autocast(device.type, AMP.get(amp), enabled=amp is not None):
             logits = stream(x) if stream else model(x[None])[0]
         yield logits.float(), x.shape[-2:], size
@@ -261,7 +238,11 @@ def network_outputs(video: Video, model: nn.Module, frame_size: Sequence[int],
 def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
                   amp: str | None = None) -> Iterator[np.ndarray]:
     """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size."""
-    for logits, input_size, size in in_background(network_outputs(video, model, frame_size, amp)):
+    outputs = in_background(network_outputs(video, model, frame_size, amp))
+    for path, (logits, input_size, size) in zip(video.frames, outputs, strict=True):
+        if not logits.sum().isfinite():
+            raise InputError(f"{path}: the network's answer is not finite; its weights are not, or "
+                             "it overflows (--amp fp16)")
         yield decode_mask(logits, input_size, size).cpu().numpy()
 
 
@@ -289,7 +270,8 @@ def score_video(video: Video, methods: Sequence[Method], metrics: Sequence[Segme
         label = None
         if video.masks[t]:
             size = masks[0].shape[::-1]
-            label = np.array(read_labels(video.masks[t], size, metrics[0].num_classes))
+            label = np.array(read_labels(video.masks[t], size, metrics[0].num_classes,
+                                         video.first_label))
         for metric, mask in zip(metrics, masks, strict=True):
             known = label is not None
             metric.add_frame(torch.from_numpy(label) if known else None,
@@ -312,8 +294,7 @@ def evaluate(methods: Sequence[Method], videos: Sequence[Video], classes: Sequen
     metrics = [SegmentationMetrics(len(classes)) for _ in methods]
     mine = share_of_videos(videos)
     frames = sum(len(videos[i].frames) for i in mine)
-    hidden = dist.is_initialized() and dist.get_rank() > 0
-    with progress(total=frames, desc="evaluate", unit="frame", disable=hidden) as bar:
+    with progress(total=frames, desc="evaluate", unit="frame", disable=rank() > 0) as bar:
         for i in mine:
             video = videos[i]
             album = None
@@ -358,7 +339,7 @@ def share_of_videos(videos: Sequence[Video]) -> list[int]:
     for i in sorted(range(len(videos)), key=lambda i: -len(videos[i].frames)):
         process = load.index(min(load))
         load[process] += len(videos[i].frames)
-        if process == dist.get_rank():
+        if process == rank():
             mine.append(i)
     return sorted(mine)
 
@@ -439,7 +420,9 @@ def unnamed_classes(num_classes: int) -> list[str]:
 
 def compile_parts(model: nn.Module):
     """torch.compile whatever runs once a frame."""
-    names = ("encode", "keys_and_values", "read") if isinstance(model, MRCFA) else ("forward",)
+    names = ["forward"]
+    if isinstance(model, MRCFA):
+        names = ["encode", "keys_and_values", "reconstruct"]
     for name in names:
         setattr(model, name, torch.compile(getattr(model, name)))
 
@@ -458,7 +441,7 @@ def parse_args() -> argparse.Namespace:
                        help="score the masks DIR/<video>/<frame>.png, pixel = class from 0; or "
                             "several folders")
     group.add_argument("--benchmark", action="store_true",
-                       help="measure parameters, operations, time and memory of --variants")
+                       help="measure parameters, operations and time of --variants")
 
     group = parser.add_argument_group("files")
     group.add_argument("--data", type=file_path, metavar="DIR",
@@ -467,6 +450,8 @@ def parse_args() -> argparse.Namespace:
                        help="which videos: those that DIR/NAME.txt lists")
     group.add_argument("--labels", choices=("dense", "sparse"), default="dense",
                        help="sparse: frames may lack masks, as in videos that you label yourself")
+    group.add_argument("--first-label", type=int, choices=(0, 1),
+                       help="value of the first class in label maps, if not as in training or 1")
     group.add_argument("--frames", type=file_path, metavar="DIR",
                        help="instead of --data a folder of frames without labels, for --save and "
                             "--overlay")
@@ -504,6 +489,7 @@ def parse_args() -> argparse.Namespace:
                        help="of its frames")
     args = parser.parse_args()
     check_arguments(parser, args)
+    args.device = torch.device(args.device)
     return args
 
 
@@ -539,21 +525,12 @@ def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
 def main():
     """Do what the command line says; as one of several processes, if torchrun started this one."""
     args = parse_args()
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-        args.device = f"cuda:{rank}"
-    args.device = torch.device(args.device)
     if args.benchmark:
         benchmark(args)
     elif args.explain:
         explain_pixel(args)
-    elif "LOCAL_RANK" in os.environ:
-        dist.init_process_group("gloo")     # it only gathers what was counted
-        try:
-            run(args)
-        finally:
-            dist.destroy_process_group()
     else:
+        join_processes(args)
         run(args)
 
 
@@ -564,10 +541,6 @@ def run(args: argparse.Namespace):
             refuse_to_overwrite(path)
     if dist.is_initialized():
         dist.barrier()                      # until all have seen that there is nothing
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    if args.json and is_first:
-        write_whole(args.json, b"")         # fails now, if at all, and not after the evaluation
-        args.json.unlink()
     methods, configs = prepare_methods(args)
     if args.frames:
         frames = list_frames(args.frames)
@@ -582,17 +555,22 @@ def run(args: argparse.Namespace):
 
     classes = configs[0]["classes"]
     offsets = references_of(configs, args.data)
-    videos = read_split(args.data, args.split, offsets, args.labels == "sparse")
+    first_label = args.first_label
+    if first_label is None:
+        first_label = configs[0].get("first_label", 1)
+    videos = read_split(args.data, args.split, offsets, args.labels == "sparse", first_label)
     check_labels(videos, classes, args.split)
     results = evaluate(methods, videos, classes, args.save, args.overlay, args.pictures)
-    if not is_first:
+    if rank() > 0:
         return
     names = [method.name for method in methods]
-    if args.json:
-        values = [without_nan(metrics.compute()) for metrics in results]
-        content = dict(zip(names, values, strict=True)) if len(names) > 1 else values[0]
-        write_whole(args.json, (json.dumps(content, indent=2) + "\n").encode())
-    print(metrics_table(names, results))
+    values = [without_nan(metrics.compute()) for metrics in results]
+    content = dict(zip(names, values, strict=True)) if len(names) > 1 else values[0]
+    try:
+        if args.json:
+            write_whole(args.json, (json.dumps(content, indent=2) + "\n").encode())
+    finally:                                # shown even where it can't be written
+        print(metrics_table(names, results))
     if args.per_class:
         ious = torch.stack([metrics.class_iou() for metrics in results], dim=1)
         print(table(names, list(zip(classes, ious.tolist(), strict=True))))
@@ -612,7 +590,7 @@ def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]
         methods = []
         for folder in args.predictions:
             predict = partial(saved_masks, folder=folder, num_classes=len(classes))
-            methods.append(Method(free_name(folder.name or "masks", methods), predict))
+            methods.append(Method(free_name(os.path.basename(os.path.abspath(folder)), methods), predict))
         return methods, [{"classes": classes}] * len(methods)
 
     methods, configs = [], []
@@ -669,28 +647,6 @@ def references_of(configs: Sequence[dict], data: Path) -> tuple[int, ...]:
 
 # ------------------------------------------------------------------------------------- pictures
 
-def make_palette() -> list[int]:
-    """A colour for each class: hues a golden ratio apart, in three brightnesses."""
-    palette = []
-    for k in range(MAX_CLASSES):
-        hue = k * 0.618034 % 1
-        saturation = 0.55 + k % 3 / 5
-        brightness = 0.95 - k // 3 % 3 / 5
-        rgb = colorsys.hsv_to_rgb(hue, saturation, brightness)
-        palette += [round(255 * value) for value in rgb]
-    return palette + 3 * [255] + 3 * [0]        # WRONG is white, IGNORE black
-
-
-PALETTE = make_palette()
-
-
-def coloured(mask: np.ndarray) -> Image.Image:
-    """Classes (H, W) uint8 as a palette image, pixel = class; 255, ignored, is black."""
-    image = Image.fromarray(mask)
-    image.putpalette(PALETTE)
-    return image
-
-
 def blend(frame: Path, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
     """A mask over its frame, with the names of its classes. A background keeps its colours."""
     original = read_frame(frame)
@@ -699,15 +655,7 @@ def blend(frame: Path, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
         image.paste(original, mask=Image.fromarray(mask == classes.index("background")))
     areas = np.bincount(mask.ravel(), minlength=IGNORE + 1)
     font_size = max(10, image.height // 30)
-    entries = legend_entries(areas, classes)
-    boxes, width = legend_boxes(entries, image.height, font_size)
-    while width > image.width and font_size > 6:
-        font_size -= 1
-        boxes, width = legend_boxes(entries, image.height, font_size)
-    while width > image.width and len(entries) > 1:         # no font is small enough
-        entries = entries[:-1]
-        rest = (f"+ {np.count_nonzero(areas) - len(entries)} more", (255, 255, 255))
-        boxes, width = legend_boxes([*entries, rest], image.height, font_size)
+    boxes, _ = legend_boxes(legend_entries(areas, classes), image.height, font_size)
     draw_boxes(image, boxes, font_size)
     return image
 
@@ -756,13 +704,10 @@ def draw_boxes(image: Image.Image, boxes: Sequence[tuple], font_size: int):
 
 def panel(image: Image.Image, title: str) -> Image.Image:
     """An image at the size that all have in a picture, with its title above."""
-    size = fit(image.size, PANEL, PANEL)
+    size = fit(image.size, (PANEL, PANEL))
     image = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
     framed = ImageOps.expand(image, (2, 20, 2, 2), "white")
-    font_size = 12
-    while font_size > 5 and font_of(font_size).getlength(title) > framed.width - 6:
-        font_size -= 1
-    ImageDraw.Draw(framed).text((4, 3), title, "black", font_of(font_size))
+    ImageDraw.Draw(framed).text((4, 4), title, "black", font_of(11))
     return framed
 
 
@@ -892,7 +837,7 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
 
 
 def reading_steps(model: MRCFA, queries: Sequence[Tensor], reference) -> tuple[Tensor, dict]:
-    """`MRCFA.read` step by step -> the kept tokens (m,), and each step's images (m, h_l, w_l)."""
+    """`MRCFA.reconstruct` step by step -> the kept tokens (m,), each step's maps (m, h_l, w_l)."""
     kept, A2, A3, A4 = model.affinities(queries, reference)
     sar = model.aggregation
     M2 = sar(A2, A3, A4)
@@ -900,8 +845,8 @@ def reading_steps(model: MRCFA, queries: Sequence[Tensor], reference) -> tuple[T
              "SAR: G4(A4)": sar.g4(A4), "SAR: G3(A3)": sar.g3(A3), "SAR: G2(A2)": sar.g2(A2),
              "MAA: M2": M2, "B: what is read": M2.softmax(1)}
     m = kept.shape[1]
-    for name, images in steps.items():
-        channels = images[0].unflatten(0, (m, -1))      # b1 has two a token
+    for name, maps in steps.items():
+        channels = maps[0].unflatten(0, (m, -1))        # b1 has two a token
         steps[name] = channels.mean(1).cpu()
     return kept[0].cpu(), steps
 
@@ -910,10 +855,10 @@ def pixel_maps(steps: dict[str, Tensor], kept: Tensor, place: tuple[float, float
                grid: tuple[int, int]) -> dict[str, Tensor]:
     """What the pixel at (x, y), 0 ... 1, has at each token of the grid, NaN where it's dropped."""
     found = {}
-    for name, images in steps.items():
-        column, row = int(place[0] * images.shape[2]), int(place[1] * images.shape[1])
+    for name, maps in steps.items():
+        column, row = int(place[0] * maps.shape[2]), int(place[1] * maps.shape[1])
         tokens = torch.full((grid[0] * grid[1],), math.nan)
-        tokens[kept] = images[:, row, column].float()
+        tokens[kept] = maps[:, row, column].float()
         found[name] = tokens.view(grid)
     return found
 
@@ -955,9 +900,8 @@ def benchmark(args: argparse.Namespace):
         hardware = torch.cuda.get_device_name(args.device)
     print(f"{args.size[0]}x{args.size[1]}, {num_classes} classes, {args.amp or 'float32'}"
           f"{', compiled' if args.compile else ''}, {hardware}\n")
-    print("| | M params | GFLOPs | ms | FPS | / SegFormer | paper's | ms with mask | FPS with mask "
-          "| peak MB |")
-    print("|---|" + "---:|" * 9)
+    print("| | M params | GFLOPs | ms | FPS | / SegFormer | paper's |")
+    print("|---|" + "---:|" * 6)
     for variant in args.variants:
         model = MRCFA(variant, num_classes).eval().to(args.device)
         for row in benchmark_variant(variant, model, args):
@@ -979,26 +923,17 @@ def benchmark_variant(variant: str, model: MRCFA, args: argparse.Namespace) -> l
     if args.compile:
         compile_parts(model)
         compile_parts(model.segformer)
-    network = {name: [] for name in works}
-    decoding = {name: [] for name in works}
-    memory = {}
+    times = {name: [] for name in works}
     for _ in range(ROUNDS):
         for name, work in works.items():
             with torch.autocast(device.type, AMP.get(args.amp), enabled=args.amp is not None):
                 work()                                      # warms up
-                peak_memory(device, reset=True)
-                network[name].append(seconds(work, device))
-                memory[name] = peak_memory(device)
-                logits = work().float()
-            decode = partial(decode_mask, logits, size, FRAME_SIZE[::-1])
-            decode()
-            decoding[name].append(seconds(decode, device))
+                times[name].append(seconds(work, device))
 
     rows = []
     for name in works:
-        time_a_frame = float(np.median(network[name]))
-        with_mask = time_a_frame + float(np.median(decoding[name]))
-        ratio = time_a_frame / float(np.median(network["SegFormer"]))
+        time_a_frame = float(np.median(times[name]))
+        ratio = time_a_frame / float(np.median(times["SegFormer"]))
         paper = ""
         if name == "MRCFA streaming" and variant in PAPER_FPS:
             paper = f"{PAPER_FPS[variant][0] / PAPER_FPS[variant][1]:.2f}"
@@ -1007,8 +942,7 @@ def benchmark_variant(variant: str, model: MRCFA, args: argparse.Namespace) -> l
         if parts is model:                                  # inference leaves these out
             params -= sum(p.numel() for p in model.auxiliary_classifiers.parameters())
         rows.append(f"| {variant} {name} | {params / 1e6:.2f} | {gflops[name]:.1f} | "
-                    f"{1e3 * time_a_frame:.0f} | {1 / time_a_frame:.2f} | {ratio:.2f} | {paper} | "
-                    f"{1e3 * with_mask:.0f} | {1 / with_mask:.2f} | {memory[name]:.0f} |")
+                    f"{1e3 * time_a_frame:.0f} | {1 / time_a_frame:.2f} | {ratio:.2f} | {paper} |")
     return rows
 
 
@@ -1027,22 +961,6 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
     synchronize()
     return time.perf_counter() - start
-
-
-def peak_memory(device: torch.device, reset: bool = False) -> float:
-    """The most memory in use since the last reset, in MB: the GPU's tensors, or on Linux the
-    process; else NaN."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return math.nan
-    return int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 1e3
 
 
 if __name__ == "__main__":

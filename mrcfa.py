@@ -1,25 +1,26 @@
 """MRCFA: Mining Relations among Cross-Frame Affinities for Video Semantic Segmentation.
 
 Sun, Liu, Tang, Chhatkuli, Zhang, Van Gool, ECCV 2022, arXiv 2207.10436. A target frame asks with
-queries Q. T-1 earlier reference frames answer with keys K and values V, each by itself. A token is
-a cell of a reference's grid of stride r. That is one grid for all scales: strided convolutions
-bring K^2, K^3 and V to it (K^4 has stride 32; for r = 16, A^4 is resized). Only the target keeps
-the stride of each scale.
+queries Q. T-1 earlier reference frames answer with keys K and values V, each by itself. Queries
+keep the target's own grid at each scale. A reference has one grid for all scales, of stride r; its
+cells are its tokens. Strided convolutions bring K^2, K^3 and V to that grid. (K^4 has stride 32
+already; where r = 16, A^4 is resized.)
 
-    cross-frame affinities   A^l = Q^l (K^l)^T at the scales l = 2, 3, 4 (strides 8, 16, 32): for
-                             each token of the reference an image, its affinities to all positions
-                             of the *target*
+    cross-frame affinities   A^l = Q^l (K^l)^T at the scales l = 2, 3, 4 (strides 8, 16, 32).
+                             A^l is (n_l, m); its column j, seen as (h_l, w_l), is the affinity map
+                             of reference token j over the target's positions
     STM, selective           keeps a reference's most important tokens, ranked by A^4: the same
-     token masking           tokens at every scale, because MAA adds up the images of *one* token
+     token masking           tokens at every scale, because MAA adds up the maps of *one* token
     SAR, single-scale        G^l, a stack of (2-D convolution, GroupNorm, ReLU), refines each
-     affinity refinement     token's image by itself
+     affinity refinement     token's affinity map by itself
     MAA, multi-scale         M^3 = G^43(up(G^4(A^4)) + G^3(A^3))
      affinity aggregation    M^2 = G^32(up(M^3) + G^2(A^2))
     reconstruction           B_i = softmax(M^2) over the tokens of reference i; O_i = B_i V_i
                              O = mean of the O_i + F_hat of the target; a classifier reads O
 
 F is SegFormer's fused feature map at stride 4, and F_hat the same at stride 8. V comes from the
-reference's F_hat. `up` is the paper's Gamma, bilinear upsampling.
+reference's F_hat. `up` is the paper's Gamma, bilinear upsampling. The paper has a Gamma around the
+sum of the O_i, too; the code has none there, because the O_i have stride 8 already.
 
 In shapes, and only there, B is the number of clips, T of frames in a clip, K of classes. The
 encoder's F_l has C_l channels and n_l = h_l w_l positions. A reference has N tokens; STM keeps m.
@@ -28,7 +29,6 @@ import math
 import re
 import sys
 from collections import deque
-from contextlib import contextmanager
 from typing import NamedTuple, Sequence
 
 import torch
@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segformer import (EMBED_DIM, InputError, SegFormer, classifier, load_pretrained, load_strictly,
-                       read_checkpoint, read_state_dict, rename, segmentation_loss, some_keys)
+                       read_checkpoint, read_state_dict, rename, segmentation_loss, some_keys,
+                       without_autocast)
 
 OFFSETS = (9, 6, 3)             # how far back the references lie, in frames, oldest first
 REFERENCE_STRIDE = 32           # r: 32 for VSPW, 16 for Cityscapes
@@ -60,12 +61,12 @@ def reference_indices(t: int, offsets: Sequence[int] = OFFSETS) -> list[int]:
 
 
 def as_sequence(x: Tensor) -> Tensor:
-    """An image as a sequence of positions: (B, C, h, w) -> (B, h w, C)."""
+    """Maps as a sequence of positions: (B, C, h, w) -> (B, h w, C)."""
     return x.flatten(2).transpose(1, 2)
 
 
-def as_image(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The other way round: (B, h w, C) -> (B, C, h, w), in channels-last memory format."""
+def as_maps(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The other way round: (B, h w, C) -> maps (B, C, h, w), in channels-last memory format."""
     return x.unflatten(1, tuple(size)).permute(0, 3, 1, 2)
 
 
@@ -87,32 +88,12 @@ def float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@contextmanager
-def full_precision(device: torch.device):
-    """Compute in float32 inside, whatever autocast and, on GPUs, the TF32 flags say.
-
-    Affinities are sums over all channels that nothing scales down: too large for float16, and of
-    too many terms for TF32's rounding. (torch.compile can't trace the TF32 flags: it leaves them.)
-    """
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda" or torch.compiler.is_compiling():
-            yield
-            return
-        matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-        before = matmul.fp32_precision, convolution.fp32_precision
-        matmul.fp32_precision = convolution.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision, convolution.fp32_precision = before
-
-
 # --------------------------------------------------------------------------------- SAR and MAA
 
-class AffinityRefinement(nn.Module):
-    """A stack G of (convolution, GroupNorm, ReLU), of SAR or MAA: each token's image by itself.
+class TokenwiseConvs(nn.Module):
+    """A stack G of (convolution, GroupNorm, ReLU), of SAR or MAA: each token's map by itself.
 
-    `layers` lists (channels in, channels out, kernel). The images of m tokens go in as
+    `layers` lists (channels in, channels out, kernel). The maps of m tokens go in as
     (B, m c_in, h, w), the c channels of a token side by side, and come out as (B, m c_out, h, w).
     The convolutions see the target's positions; tokens never mix. Without layers nothing changes.
     """
@@ -125,31 +106,32 @@ class AffinityRefinement(nn.Module):
             self.convs.append(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2))
             self.norms.append(nn.GroupNorm(1, c_out))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, maps: Tensor) -> Tensor:
         # All tokens share the weights. One convolution with a group for each token, in the
         # channels-last format that Q K^T comes in, is far faster than token by token.
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            m = images.shape[1] // conv.in_channels
-            images = F.conv2d(images, conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m),
-                              padding=conv.padding, groups=m)
-            # A group for each token: the norm, too, sees each token's image by itself.
-            images = F.group_norm(images, m, norm.weight.repeat(m), norm.bias.repeat(m), norm.eps)
-            images = F.relu(images, inplace=True)
-        return images
+            m = maps.shape[1] // conv.in_channels
+            maps = F.conv2d(maps, conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m),
+                            padding=conv.padding, groups=m)
+            # A group for each token: the norm, too, sees each token's map by itself.
+            maps = F.group_norm(maps, m, norm.weight.repeat(m), norm.bias.repeat(m), norm.eps)
+            maps = F.relu(maps, inplace=True)
+        return maps
 
 
 class AffinityAggregation(nn.Module):
-    """SAR and MAA of one reference: images A^2, A^3, A^4 of each token -> images M^2 (h_2, w_2).
+    """SAR and MAA of one reference: each token's affinity maps A^2, A^3, A^4 -> M^2 (h_2, w_2).
 
     Without `refine` (no SAR) G^4, G^3 and G^2 change nothing. Without `aggregate` (no MAA)
-    M^2 = G^32(G^2(A^2)). Kernels and channels are the released code's. With SAR, b1 alone has
-    stacks of two layers, and two channels for each token inside.
+    M^2 = G^32(G^2(A^2)). Kernels and channels are the released code's. b1 alone has stacks of two
+    layers, and two channels for each token inside. Without SAR nothing makes the second channel,
+    so b1's G^43 and G^32 are those of the other variants.
     """
 
     def __init__(self, variant: str, refine: bool = True, aggregate: bool = True):
         super().__init__()
         self.aggregate = aggregate
-        stack = AffinityRefinement
+        stack = TokenwiseConvs
         if variant == "b1" and refine:
             self.g4 = stack((1, 1, 3), (1, 2, 3))
             self.g3 = stack((1, 1, 3), (1, 2, 3))
@@ -186,7 +168,8 @@ class Reference(NamedTuple):
 
 
 class MRCFA(nn.Module):
-    """SegFormer with cross-frame affinities.
+    """SegFormer with cross-frame affinities. Autocast is off for these: they are sums over all
+    channels that nothing scales down, too large for float16.
 
     In evaluation: a clip (B, T, 3, H, W), oldest frame first and target last -> the target's logits
     (B, K, H/4, W/4). A clip shorter than T gets the last frame's SegFormer logits.
@@ -260,8 +243,8 @@ class MRCFA(nn.Module):
         for i in range(T - 1):
             of_frame_i = slice(i * batch, (i + 1) * batch)
             reference = Reference(*(x[of_frame_i] for x in past))
-            outputs.append(self.read(queries, reference))               # O_i (B, 256, h_2, w_2)
-        O = self.reconstruct(outputs, F_hat[-batch:])
+            outputs.append(self.reconstruct(queries, reference))        # O_i (B, 256, h_2, w_2)
+        O = self.merge(outputs, F_hat[-batch:])
         logits = self.classify(self.classifier, O)                      # (B, K, h_1, w_1)
         if not self.training:
             return logits
@@ -288,14 +271,14 @@ class MRCFA(nn.Module):
         """Q^2, Q^3, Q^4 of the target, (B, h_l, w_l, C_l), from its [F_1 ... F_4]."""
         queries = []
         layers = (self.query2, self.query3, self.query4)
-        with full_precision(features[0].device):
+        with without_autocast(features[0]):
             for layer, feature in zip(layers, features[1:], strict=True):
                 queries.append(layer(float32(feature).permute(0, 2, 3, 1)))
         return queries
 
     def keys_and_values(self, features: Sequence[Tensor], F_hat: Tensor) -> Reference:
         """K and V of references, from their [F_1 ... F_4] and F_hat (B, 256, h_2, w_2)."""
-        with full_precision(F_hat.device):
+        with without_autocast(F_hat):
             _, f2, f3, f4 = (float32(feature) for feature in features)
             key2 = self.key2(as_sequence(self.reduce2(f2)))             # (B, N, C_2)
             key3 = self.key3(as_sequence(self.reduce3(f3)))             # (B, N, C_3)
@@ -303,40 +286,46 @@ class MRCFA(nn.Module):
             value = as_sequence(self.value(float32(F_hat)))             # (B, N, 256)
         return Reference(key2, key3, key4, value)
 
-    def read(self, queries: Sequence[Tensor], reference: Reference) -> Tensor:
-        """What the target reads in one reference: O_i (B, 256, h_2, w_2)."""
-        with full_precision(reference.value.device):
+    def reconstruct(self, queries: Sequence[Tensor], reference: Reference) -> Tensor:
+        """The target's features, reconstructed from one reference: O_i (B, 256, h_2, w_2)."""
+        with without_autocast(reference.value):
             kept, A2, A3, A4 = self.affinities(queries, reference)
             M2 = self.aggregation(A2, A3, A4)                           # (B, m, h_2, w_2)
             B_i = as_sequence(M2).softmax(-1)                           # (B, n_2, m), over tokens
             V_i = take_tokens(reference.value, kept)                    # (B, m, 256)
-            return as_image(B_i @ V_i, M2.shape[-2:])
+            return as_maps(B_i @ V_i, M2.shape[-2:])
 
     def affinities(self, queries: Sequence[Tensor], reference: Reference) -> tuple[Tensor, ...]:
         """The cross-frame affinities A^l = Q^l (K^l)^T of the tokens that STM keeps.
 
-        -> which tokens are kept (B, m), and A^2, A^3, A^4, images (B, m, h_l, w_l) of the target.
+        -> the kept tokens' numbers (B, m), and their affinity maps A^2, A^3, A^4 (B, m, h_l, w_l).
         """
         size2, size3, size4 = (Q.shape[1:3] for Q in queries)           # h_l, w_l
         Q2, Q3, Q4 = (Q.flatten(1, 2) for Q in queries)                 # (B, n_l, C_l)
+        # All of A^4 is needed: STM ranks the tokens by it.
         A4_all = Q4 @ reference.key4.mT                                 # (B, n_4, n_4 of the ref.)
         kept = self.selective_token_masking(A4_all, size4)              # (B, m)
 
+        # Keep the columns of these tokens. At the finer scales compute no others.
         A4_all = self.to_reference_stride(A4_all, size4)                # (B, n_4, N)
-        A4 = A4_all.gather(2, kept[:, None].expand(-1, Q4.shape[1], -1))    # (B, n_4, m)
+        columns = kept[:, None].expand(-1, Q4.shape[1], -1)             # (B, n_4, m)
+        A4 = A4_all.gather(2, columns)                                  # (B, n_4, m)
         A3 = Q3 @ take_tokens(reference.key3, kept).mT                  # (B, n_3, m)
         A2 = Q2 @ take_tokens(reference.key2, kept).mT                  # (B, n_2, m)
-        return kept, as_image(A2, size2), as_image(A3, size3), as_image(A4, size4)
+        return kept, as_maps(A2, size2), as_maps(A3, size3), as_maps(A4, size4)
 
     def selective_token_masking(self, A4: Tensor, grid: Sequence[int]) -> Tensor:
-        """STM: which of a reference's tokens are kept, (B, m), by A^4 (B, n_4, n_4 of the ref.).
+        """STM: the numbers (B, m) of the tokens to keep, by A^4 (B, n_4, n_4 of the ref.).
 
         A token's importance is the sum of its 5 largest affinities to positions of the target. The
         m = max(1, int(p N)) most important tokens are kept.
         """
+        # The 5 largest entries of each column: one column is one reference token.
         top = min(IMPORTANCE_TOP, A4.shape[1])
         importance = A4.topk(top, dim=1).values.sum(1, keepdim=True)    # (B, 1, n_4)
+        # From the grid of stride 32 to the tokens' own.
         importance = self.to_reference_stride(importance, grid)[:, 0]   # (B, N)
+        # The m most important tokens of each clip.
         m = max(1, int(self.keep_ratio * importance.shape[1]))
         return importance.topk(m).indices
 
@@ -351,7 +340,7 @@ class MRCFA(nn.Module):
         return F.interpolate(rows, scale_factor=32 // self.reference_stride,
                              mode="bilinear").flatten(2)
 
-    def reconstruct(self, outputs: Sequence[Tensor], F_hat: Tensor) -> Tensor:
+    def merge(self, outputs: Sequence[Tensor], F_hat: Tensor) -> Tensor:
         """O: the mean of the O_i, plus the target's own F_hat; all (B, 256, h_2, w_2)."""
         return sum(outputs) / len(outputs) + F_hat
 
@@ -396,8 +385,8 @@ class Stream:
             references.append(self.history[i - self.t])     # negative: -1 is frame t-1
         if references:
             queries = model.queries(features)
-            outputs = [model.read(queries, reference) for reference in references]
-            O = model.reconstruct(outputs, F_hat)
+            outputs = [model.reconstruct(queries, reference) for reference in references]
+            O = model.merge(outputs, F_hat)
             logits = model.classify(model.classifier, O)
         else:
             logits = model.segformer.classifier(fused)

@@ -15,6 +15,8 @@ import json
 import math
 import re
 import warnings
+from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -36,7 +38,8 @@ MLP_RATIO = 4
 STRIDE = 32                 # of F_4: image sides must be multiples of it
 EMBED_DIM = 256             # width of the head for b0 and b1, and of every MRCFA
 DROPOUT = 0.1               # of whole channels, before every classifier
-LOSS_BAND = 32              # rows of an image whose loss is computed at a time on CPUs
+LOSS_BAND = 32              # rows of an image whose loss is computed at a time on a CPU,
+LOSS_BYTES = 2 ** 28        # and bytes of full-size logits on a GPU
 SAFETENSORS_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -200,6 +203,13 @@ class MixVisionTransformer(nn.Module):
         return features
 
 
+def without_autocast(x: Tensor):
+    """A context in which x's own precision holds, whatever autocast says outside."""
+    if not torch.amp.is_autocast_available(x.device.type):      # as on the meta device
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def mit(variant: str, drop_path: float = 0.1) -> MixVisionTransformer:
     """The MiT encoder "b0" ... "b5". Drop path rises from 0 in the first block to `drop_path`."""
     if variant not in MIT_VARIANTS:
@@ -259,81 +269,6 @@ class SegFormer(nn.Module):
         features = self.encoder(images)
         fused = self.head(features)
         return self.classifier(fused)
-
-
-# --------------------------------------------------------------------------------------- the loss
-
-def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with labels (B, H, W): a scalar.
-
-    The mean is over *all* pixels: ignored ones add 0 but stay in the denominator, as in the
-    released code. Raises ValueError for labels of another shape or type.
-    """
-    if labels.dtype != torch.int64 or labels.ndim != 3 or len(labels) != len(logits):
-        raise InputError(f"labels must be int64 and (B, H, W), here with B = {len(logits)}; got "
-                         f"{labels.dtype} {tuple(labels.shape)}")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return SummedCrossEntropy.apply(logits, labels, ignore_index) / labels.numel()
-
-
-class SummedCrossEntropy(torch.autograd.Function):
-    """The sum over all pixels, without ever holding the logits of all classes at full size.
-
-    Those are what would fill the memory in training. So the forward pass upsamples one band of one
-    map at a time, and takes the gradient of the *small* logits, which is small, right there. The
-    backward pass only scales it.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        # A band of a few rows stays in a CPU's cache. An accelerator is faster with whole maps.
-        rows = LOSS_BAND if logits.device.type == "cpu" else labels.shape[1]
-        bands = row_bands(bilinear_matrix(logits.shape[2], labels.shape[1]), rows)
-        bands = [(target, source, matrix.to(logits)) for target, source, matrix in bands]
-        total = logits.new_zeros(())
-        gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-        for i in range(len(logits)):
-            for target, source, matrix in bands:
-                with torch.enable_grad():
-                    part = logits[i, :, source].detach().contiguous().requires_grad_()
-                    loss = band_loss(part, labels[i, target], matrix, ignore_index)
-                if ctx.needs_input_grad[0]:
-                    gradient[i, :, source] += torch.autograd.grad(loss, part)[0]
-                total += loss.detach()
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx, scale: Tensor):
-        """The gradient that the forward pass took, times that of the sum."""
-        gradient, = ctx.saved_tensors
-        return scale * gradient, None, None
-
-
-def band_loss(logits: Tensor, labels: Tensor, matrix: Tensor, ignore_index: int) -> Tensor:
-    """Summed cross entropy of a band. `matrix` (R, few) resizes the height of logits (K, few, w) to
-    that of the labels (R, W)."""
-    with torch.autocast(logits.device.type, enabled=False):
-        few, width = logits.shape[1], labels.shape[1]
-        wide = F.interpolate(logits[None], (few, width), mode="bilinear")
-        full = matrix @ wide                            # (1, K, R, W)
-        return F.cross_entropy(full, labels[None], ignore_index=ignore_index, reduction="sum")
-
-
-def row_bands(matrix: Tensor, rows: int) -> list[tuple[slice, slice, Tensor]]:
-    """A bilinear matrix in bands: (the rows that a band makes, those that it reads, its matrix)."""
-    bands = []
-    for start in range(0, len(matrix), rows):
-        target = slice(start, start + rows)
-        read = matrix[target].any(0).nonzero()
-        source = slice(int(read.min()), int(read.max()) + 1)
-        bands.append((target, source, matrix[target, source]))
-    return bands
-
-
-def bilinear_matrix(size: int, new_size: int) -> Tensor:
-    """The (new_size, size) matrix that resizes one side of an image bilinearly."""
-    return F.interpolate(torch.eye(size)[None, None], (new_size, size), mode="bilinear")[0, 0]
 
 
 # ----------------------------------------------------- checkpoints: reading, naming, loading them
@@ -432,15 +367,21 @@ def read_checkpoint(path) -> dict:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            start = file.read(32).lstrip()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    try:
+            start = file.read(40)
         if path.suffix == ".safetensors":
             return read_safetensors(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # each file format raises its own
-        raise InputError(f"{path}: {why_unreadable(start, error)}") from None
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            why = (f"would run code when loaded ({code[1]}); if you trust it, save its state dict "
+                   "alone in another file")
+        else:
+            why = f"can't be read as a checkpoint; it begins with {start!r}"
+        raise InputError(f"{path}: {why}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: is not a checkpoint but a {type(content).__name__}")
     return content
@@ -460,22 +401,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         values = stored.clone().view(SAFETENSORS_TYPES[entry["dtype"]])
         tensors[name] = values.reshape(entry["shape"])
     return tensors
-
-
-def why_unreadable(start: bytes, error: Exception) -> str:
-    """What a file is that torch.load couldn't read, by its first bytes and the error."""
-    if code := re.search(r"GLOBAL (\S+)", str(error)):
-        return (f"would run code when loaded ({code[1]}); if you trust it, save its state dict "
-                "alone in another file")
-    if start.startswith(b"<"):
-        looks = "a web page: download the file itself"
-    elif start.startswith(b"version https://git-lfs"):
-        looks = "a Git LFS pointer: fetch the file itself (git lfs pull)"
-    elif start.startswith(b"PK") or re.search("EOF|truncated", str(error)):
-        looks = "a truncated checkpoint: download it again"
-    else:
-        looks = "no checkpoint, or a truncated one"
-    return f"can't be read, it looks like {looks}"
 
 
 def read_state_dict(source) -> dict[str, Tensor]:
@@ -623,3 +548,83 @@ RENAMES = [
     # ours
     (r"^stages", r"encoder.stages"),
 ]
+
+
+# --------------------------------------------------------------------------------------- the loss
+# A first reading can skip what follows. Up to rounding `segmentation_loss` is
+#     full = F.interpolate(logits, labels.shape[1:], mode="bilinear")
+#     F.cross_entropy(full, labels, ignore_index=ignore_index, reduction="sum") / labels.numel()
+# With 124 classes the full-size logits of all maps would fill the memory and take half of a
+# training step.
+
+def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with labels (B, H, W): a scalar.
+
+    The mean is over *all* pixels: ignored ones add 0 but stay in the denominator, as in the
+    released code. Raises ValueError for labels of another shape or type.
+    """
+    if labels.dtype != torch.int64 or labels.ndim != 3 or len(labels) != len(logits):
+        raise InputError(f"labels must be int64 and (B, H, W), here with B = {len(logits)}; got "
+                         f"{labels.dtype} {tuple(labels.shape)}")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return SummedCrossEntropy.apply(logits, labels, ignore_index) / labels.numel()
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """The sum over all pixels, without ever holding the logits of all classes at full size.
+
+    The forward pass upsamples a few maps, or one band of a map, at a time, and takes the gradient
+    of the *small* logits, which is small, right there. The backward pass only scales it.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        height, width = labels.shape[1:]
+        maps, rows = 1, LOSS_BAND                       # what stays in a CPU's cache
+        if logits.device.type != "cpu":
+            map_size = logits.shape[1] * height * width * logits.element_size()
+            maps, rows = max(1, LOSS_BYTES // map_size), height
+        bands = row_bands(logits.shape[2], height, rows, logits.dtype, logits.device)
+        total = logits.new_zeros(())
+        gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        for start in range(0, len(logits), maps):
+            chunk = slice(start, start + maps)
+            for target, source, matrix in bands:
+                with torch.enable_grad(), without_autocast(logits):
+                    part = logits[chunk, :, source].detach().contiguous().requires_grad_()
+                    wide = F.interpolate(part, (part.shape[2], width), mode="bilinear")
+                    full = matrix @ wide                # (maps, K, rows, W)
+                    loss = F.cross_entropy(full, labels[chunk, target], ignore_index=ignore_index,
+                                           reduction="sum")
+                    if ctx.needs_input_grad[0]:
+                        gradient[chunk, :, source] += torch.autograd.grad(loss, part)[0]
+                total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        """The gradient that the forward pass took, times that of the sum."""
+        gradient, = ctx.saved_tensors
+        return scale * gradient, None, None
+
+
+@lru_cache(maxsize=16)
+def row_bands(size: int, new_size: int, rows: int, dtype: torch.dtype, device: torch.device
+              ) -> list[tuple[slice, slice, Tensor]]:
+    """Bilinear resizing of an image's height in bands of `rows`: (the rows that a band makes, those
+    that it reads, and the matrix from these to those)."""
+    matrix = bilinear_matrix(size, new_size)
+    bands = []
+    for start in range(0, new_size, rows):
+        target = slice(start, start + rows)
+        read = matrix[target].any(0).nonzero()
+        source = slice(int(read.min()), int(read.max()) + 1)
+        bands.append((target, source, matrix[target, source].to(device, dtype)))
+    return bands
+
+
+def bilinear_matrix(size: int, new_size: int) -> Tensor:
+    """The (new_size, size) matrix that resizes one side of an image bilinearly."""
+    identity = torch.eye(size, device="cpu")
+    return F.interpolate(identity[None, None], (new_size, size), mode="bilinear")[0, 0]

@@ -1,8 +1,8 @@
 """Train MRCFA, or the SegFormer it sits on, on labelled videos.
 
     python train.py                                 # mrcfa_b0 on synthetic videos, minutes on a CPU
-    python train.py --dataset vspw --data VSPW --model mrcfa_b1 --pretrained mit_b1.pth
-    torchrun --nproc_per_node 4 train.py --batch-size 2 --dataset vspw ...      # the paper's 4 x 2
+    python train.py --dataset vspw --data VSPW --model mrcfa_b1 --pretrained nvidia/mit-b1
+    torchrun --nproc_per_node 4 train.py --dataset vspw ...     # the same training on four GPUs
     python train.py --resume --out runs/mrcfa_b1    # goes on where that run was stopped
 
 The run's folder gets last.pt, best.pt (by mIoU), pictures and log.jsonl, an object a line. Clips,
@@ -14,25 +14,27 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, SYNTHETIC_SIZE, VSPW_CLASSES, ArgumentParser,
-                  ClipDataset, Video, check_labels, check_same_classes, collate_clips, file_path,
-                  positive, progress, read_classes, read_split, refuse_to_overwrite, run_script,
-                  write_synthetic, write_whole)
+                  ClipDataset, Video, check_labels, check_same_classes, download_pretrained,
+                  file_path, join_processes, positive, progress, rank, read_classes, read_split,
+                  refuse_to_overwrite, run_script, write_synthetic, write_whole)
 from eval import (AMP, MODELS, Method, add_device_arguments, evaluate, metrics_table, segment_video,
                   without_nan)
 from mrcfa import MRCFA, OFFSETS, build_model, load_weights, model_arguments, mrcfa_loss
@@ -50,6 +52,7 @@ VSPW_RECIPE = {
     "lr": 6e-5,
     "head_lr": 10.0,
     "warmup": 1500,
+    "eval_every": None,         # ten times a training
 }
 RECIPES = {
     "vspw": VSPW_RECIPE,
@@ -70,16 +73,17 @@ RECIPES = {
         "lr": 1e-3,
         "head_lr": 1.0,
         "warmup": 50,
+        "eval_every": 0,
     },
 }
 SYNTHETIC = Path("data/synthetic")
 BETAS = (0.9, 0.999)            # of AdamW
 WARMUP_START = 1e-6             # the share of the learning rate that the warm-up begins with
+MAX_SKIPS = 20                  # iterations in a row whose gradient overflows float16
 PLACE = ("out", "resume", "device")     # arguments that a checkpoint's `config` leaves out
 PROGRESS = ("iteration", "evaluated", "best", "losses", "lines")    # of a Run, in checkpoints
-# What PyTorch says where a loader's process was killed, or ran out of shared memory or files.
-LOADER_ENDED = re.compile(r"DataLoader worker \(pid|shared memory|ancdata|Too many open files|"
-                          r"unable to (open|write|mmap|allocate)")
+# Arguments that can't change when a run goes on.
+FIXED = ("model", "dataset", "reference_stride", "refine", "aggregate", "first_label")
 
 
 def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -126,8 +130,8 @@ def lr_factor(i: int, iters: int, warmup: int) -> float:
 def positive_kernels(model: MRCFA):
     """Make SAR's and MAA's kernels positive before training.
 
-    By chance a kernel sums to less than 0: it makes a hole of an image's peak, and ReLU leaves
-    nothing of it.
+    By chance a kernel sums to less than 0: it makes a hole of a map's peak, and ReLU leaves nothing
+    of it.
     """
     for module in model.aggregation.modules():
         if isinstance(module, nn.Conv2d):
@@ -135,82 +139,72 @@ def positive_kernels(model: MRCFA):
 
 
 def leave_signals(_: int):
-    """What a loader's process does about Ctrl-C and signals to all of a run's processes: it leaves
-    them to the training."""
+    """What a loader's process does about Ctrl-C and SIGTERM: it leaves them to the training."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):      # not on Windows
-        os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Run:
     """A training and its folder: model, checkpoints, log. Of several processes the first writes."""
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module):
+    def __init__(self, args: argparse.Namespace, model: nn.Module, clips: ClipDataset):
         self.args = args
         self.model = model
-        self.rank, self.processes = 0, 1
-        if dist.is_initialized():
-            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=BETAS)
+        self.clips = clips
+        self.processes = dist.get_world_size() if dist.is_initialized() else 1
+        self.share = args.batch_size // (self.processes * args.accumulate)  # clips at a time
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=BETAS,
+                                           fused=args.device.type == "cuda")
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
         self.iteration = 0
         self.evaluated = 0                  # the iteration of the last evaluation
         self.best = -1.0                    # mIoU
         self.losses: list[float] = []       # since the log's last line
         self.lines: list[str] = []          # of the log
+        self.skips = 0                      # iterations without a step, the last ones in a row
+        self.waited = 0.0                   # seconds for clips, since the log's last line
+        self.logged = time.perf_counter()   # when that was written
         self.signal = 0                     # that told the run to stop
         self.evaluating = False
 
     # ------------------------------------------------------------------------- the training loop
 
-    def train(self, clips: ClipDataset, val: list[Video]):
+    def train(self, val: list[Video]):
         """Train from the current iteration to the last one."""
         args = self.args
-        self.clips = clips
         network = self.in_training_mode()
         if self.processes > 1:
             network = DistributedDataParallel(self.model)
-        if args.compile:
+        if args.compile:        # backward, too, no autocast where the model switches it off
+            torch._functorch.config.backward_pass_autocast = "off"
             network.compile()
         samples = self.samples(self.iteration, args.iters)
-        loader = DataLoader(clips, args.batch_size, sampler=samples, num_workers=args.workers,
-                            collate_fn=collate_clips, worker_init_fn=leave_signals,
-                            pin_memory=args.device.type == "cuda")
-        batches = iter(loader)
+        batches = iter(DataLoader(self.clips, self.share, sampler=samples,
+                                  num_workers=args.workers, worker_init_fn=leave_signals,
+                                  pin_memory=args.device.type == "cuda"))
+        if self.evaluation_is_due():        # the run was stopped in it
+            self.evaluate(val)
         with progress(total=args.iters, initial=self.iteration, desc=args.model, unit="it",
-                      disable=self.rank > 0) as bar:
-            while True:
-                last = self.iteration == args.iters
-                due = last or args.eval_every and self.iteration % args.eval_every == 0
-                if due and self.evaluated < self.iteration:
-                    self.evaluate(val, last)
-                if last:
-                    return
-                stop = self.step(network, batches)
+                      disable=rank() > 0) as bar:
+            while self.iteration < args.iters:
+                loss, norm, stop = self.step(network, batches)
+                self.losses.append(loss)
+                self.iteration += 1
                 lr = self.optimizer.param_groups[0]["lr"]
-                mean_loss = float(np.mean(self.losses))
-                bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+                bar.set_postfix(loss=f"{np.mean(self.losses):.3f}", lr=f"{lr:.1e}", refresh=False)
                 bar.update()
-                last = self.iteration == args.iters
-                if last or self.iteration % args.log_every == 0:
-                    speed = bar.format_dict["rate"]
-                    self.log(loss=mean_loss, lr=lr, iterations_per_second=speed)
-                    self.losses = []
-                if last or stop or self.iteration % args.save_every == 0:
+                due = self.evaluation_is_due()
+                if self.iteration % args.log_every == 0 or self.iteration == args.iters:
+                    self.log_training(lr, norm, bar.format_dict["rate"])
+                if due or stop or self.iteration % args.save_every == 0:
                     self.save("last.pt")
                 if stop:
                     self.leave("stopped")
+                if due:
+                    self.evaluate(val)
 
-    def samples(self, start: int, end: int) -> list[int]:
-        """Which of the data set's clips this process takes in iterations start ... end - 1."""
-        samples = []
-        for batch in range(start * self.args.accumulate, end * self.args.accumulate):
-            first = self.args.batch_size * (batch * self.processes + self.rank)
-            samples += range(first, first + self.args.batch_size)
-        return samples
-
-    def step(self, network: nn.Module, batches) -> bool:
-        """One iteration -> whether this process, or one of the others, was told to stop."""
+    def step(self, network: nn.Module, batches) -> tuple[float, float, bool]:
+        """One iteration -> its loss, the norm of its gradient, and whether to stop after it."""
         args = self.args
         factor = lr_factor(self.iteration, args.iters, args.warmup)
         for group in self.optimizer.param_groups:
@@ -218,8 +212,10 @@ class Run:
         self.optimizer.zero_grad()
         total = torch.zeros((), device=args.device)
         for i in range(args.accumulate):
+            start = time.perf_counter()
             images, labels = (x.to(args.device, non_blocking=True) for x in next(batches))
-            self.seed_dropout(self.iteration * args.accumulate + i)
+            self.waited += time.perf_counter() - start
+            self.seed_dropout(i)
             if self.processes > 1:
                 network.require_backward_grad_sync = i == args.accumulate - 1
             with torch.autocast(args.device.type, AMP.get(args.amp), enabled=args.amp is not None):
@@ -227,45 +223,70 @@ class Run:
             self.scaler.scale(loss).backward()
             total += loss.detach()
 
-        status = torch.stack([total, torch.full_like(total, self.signal > 0)])
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        status = torch.stack([total, norm, torch.full_like(total, self.signal > 0)])
         if self.processes > 1:
             dist.all_reduce(status)
-        summed, stop = status.tolist()      # the one copy from the device in an iteration
-        loss = summed / self.processes
-        if not math.isfinite(loss):         # before it spoils the weights
-            self.refuse_loss(total.item())
-        self.scaler.step(self.optimizer)
+        status /= self.processes
+        loss, norm, stop = status.tolist()  # the one copy from the device in an iteration
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+            self.skips = 0
+        else:                               # before it spoils the weights
+            self.skip(loss, norm)
         self.scaler.update()
-        self.losses.append(loss)
-        self.iteration += 1
-        return stop > 0
+        return loss, norm, stop > 0
 
-    def seed_dropout(self, batch: int):
-        """Let the random numbers of dropout depend on the seed, the batch and the process alone."""
-        share = batch * self.processes + self.rank
-        seed = np.random.SeedSequence((self.args.seed, 2, share)).generate_state(1)[0]
-        torch.manual_seed(int(seed))
+    def skip(self, loss: float, norm: float):
+        """Leave out a step whose loss or gradient isn't finite, and end the run.
 
-    def refuse_loss(self, own_loss: float):
-        """End a run whose loss is not finite."""
-        if not math.isfinite(own_loss):
-            clips = self.samples(self.iteration, self.iteration + 1)
-            targets = [str(self.clips.choose(i)[0][-1]) for i in clips]
-            print(f"\nstopped: the loss of iteration {self.iteration} is {own_loss}, of the clips "
-                  f"that end with {', '.join(targets)}; {self.args.out / 'last.pt'} is from before "
-                  "it", file=sys.stderr)
+        It goes on after a gradient that overflows float16: the scaler of the loss mends that.
+        """
+        self.skips += 1
+        if self.args.amp == "fp16" and math.isfinite(loss) and self.skips < MAX_SKIPS:
+            return
+        if rank() == 0:
+            first = self.iteration * self.args.batch_size
+            clips = [self.clips.choose(i)[0] for i in range(first, first + self.args.batch_size)]
+            targets = ", ".join(str(clip.frames[-1]) for clip in clips)
+            print(f"\nstopped: the loss of iteration {self.iteration} is {loss}, the norm of its "
+                  f"gradient {norm}, of the clips that end with {targets}; "
+                  f"{self.args.out / 'last.pt'} is from before it", file=sys.stderr)
         sys.exit(1)
 
+    def samples(self, start: int, end: int) -> list[int]:
+        """Which of the data set's clips this process takes in iterations start ... end - 1."""
+        share = self.args.batch_size // self.processes
+        samples = []
+        for i in range(start, end):
+            first = i * self.args.batch_size + rank() * share
+            samples += range(first, first + share)
+        return samples
+
+    def seed_dropout(self, part: int):
+        """Let the random numbers of dropout depend on the seed and on the clips alone."""
+        first = self.samples(self.iteration, self.iteration + 1)[part * self.share]
+        seed = np.random.SeedSequence((self.args.seed, 2, first)).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+
     def in_training_mode(self) -> nn.Module:
-        """The model in training mode, but for a part that is held."""
+        """The model in training mode, but for a part that is frozen."""
         self.model.train()
-        if self.args.hold_segformer:
+        if self.args.freeze_segformer:
             self.model.segformer.eval()
         return self.model
 
     # --------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, videos: list[Video], last: bool):
+    def evaluation_is_due(self) -> bool:
+        """Whether the current iteration ends with an evaluation that hasn't been."""
+        every = self.args.eval_every
+        planned = self.iteration == self.args.iters or every and self.iteration % every == 0
+        return planned and self.evaluated < self.iteration
+
+    def evaluate(self, videos: list[Video]):
         """Evaluate; print, log, and keep the checkpoint if it is the best so far.
 
         The last evaluation of an MRCFA has a second row, its single frames: what the references add
@@ -278,7 +299,7 @@ class Run:
         self.model.eval()
         segment = partial(segment_video, frame_size=args.frame_size)
         methods = [Method(args.model, partial(segment, model=self.model))]
-        if last and isinstance(self.model, MRCFA):
+        if self.iteration == args.iters and isinstance(self.model, MRCFA):
             methods.append(Method("single_frames", partial(segment, model=self.model.segformer)))
         self.evaluating = True      # from here on a signal is answered at once
         if self.signal:
@@ -292,7 +313,7 @@ class Run:
             self.best = metrics["mIoU"]
             self.save("best.pt")
         self.save("last.pt")
-        if self.rank == 0:
+        if rank() == 0:
             names = [method.name for method in methods]
             tqdm.write(f"iteration {self.iteration}\n{metrics_table(names, results)}")
         self.in_training_mode()
@@ -301,7 +322,7 @@ class Run:
 
     def save(self, name: str):
         """Write a checkpoint that rebuilds the model by itself and continues the run."""
-        if self.rank > 0:
+        if rank() > 0:
             return
         config = {}
         for key, value in vars(self.args).items():
@@ -309,34 +330,57 @@ class Run:
                 config[key] = str(value) if isinstance(value, Path) else value
         content = {"model": self.model.state_dict(), "model_args": model_arguments(config),
                    "config": config, "optimizer": self.optimizer.state_dict(),
-                   "scaler": self.scaler.state_dict()}
+                   "scaler": self.scaler.state_dict(), "made_with": self.made_with()}
         for key in PROGRESS:
             content[key] = getattr(self, key)
         buffer = io.BytesIO()
         torch.save(content, buffer)
         write_whole(self.args.out / name, buffer.getbuffer(), durable=True)
 
+    def made_with(self) -> dict:
+        """What the last bits of the weights depend on, besides seed and flags."""
+        return {"torch": str(torch.__version__), "processes": self.processes,
+                "threads": torch.get_num_threads(), "device": self.args.device.type}
+
     def resume(self, checkpoint: dict):
         """Take over the state of last.pt, and forget what the log says of later iterations."""
         load_strictly(self.model, checkpoint["model"])
         groups = checkpoint["optimizer"]["param_groups"]
         for group, own in zip(groups, self.optimizer.param_groups, strict=True):
-            group["base_lr"] = own["base_lr"]               # flags may have changed them
-            group["weight_decay"] = own["weight_decay"]
+            for key in ("base_lr", "weight_decay", "fused"):    # flags may have changed them
+                group[key] = own[key]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:                            # there is nothing in it without fp16
             self.scaler.load_state_dict(checkpoint["scaler"])
         for key in PROGRESS:
             setattr(self, key, checkpoint[key])
-        if self.rank == 0:
-            write_whole(self.args.out / "log.jsonl", "".join(self.lines).encode())
-            print(f"going on at iteration {self.iteration} of {self.args.iters}", file=sys.stderr)
+        if rank() > 0:
+            return
+        write_whole(self.args.out / "log.jsonl", "".join(self.lines).encode())
+        print(f"going on at iteration {self.iteration} of {self.args.iters}", file=sys.stderr)
+        before, now = checkpoint["made_with"], self.made_with()
+        changes = [f"{before[key]} {key}, now {now[key]}" for key in now if before[key] != now[key]]
+        if changes:
+            print(f"warning: the run was begun with {'; '.join(changes)}: it goes on with the same "
+                  "clips, but not bit for bit", file=sys.stderr)
+
+    def log_training(self, lr: float, norm: float, speed: float | None):
+        """Add a line on the iterations since the last one to log.jsonl."""
+        now = time.perf_counter()
+        values = {"loss": float(np.mean(self.losses)), "lr": lr,
+                  "gradient_norm": norm if math.isfinite(norm) else None,
+                  "iterations_per_second": speed,
+                  "waited_for_clips": self.waited / (now - self.logged)}    # a share of the time
+        if self.args.device.type == "cuda":
+            values["peak_MB"] = torch.cuda.max_memory_allocated() / 1e6
+        self.log(**values)
+        self.losses, self.waited, self.logged = [], 0.0, now
 
     def log(self, **values):
         """Add a line to log.jsonl."""
         line = json.dumps({"iteration": self.iteration, **values}) + "\n"
         self.lines.append(line)
-        if self.rank > 0:
+        if rank() > 0:
             return
         path = self.args.out / "log.jsonl"
         try:
@@ -355,7 +399,7 @@ class Run:
 
     def leave(self, how: str):
         """End the process, and say how to go on."""
-        if self.rank == 0:
+        if rank() == 0:
             print(f"\n{how} at iteration {self.iteration}; to go on: "
                   f"{resume_command(self.args.out)}", file=sys.stderr)
         sys.exit(128 + (self.signal or signal.SIGTERM))
@@ -364,8 +408,11 @@ class Run:
 def resume_command(out: Path) -> str:
     """The command that continues a run, to paste."""
     launcher = "python"
-    if "LOCAL_RANK" in os.environ:
-        launcher = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', 1)}"
+    if dist.is_initialized():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        launcher = f"torchrun --nproc_per_node {local}"
+        if dist.get_world_size() > local:
+            launcher += f" --nnodes {dist.get_world_size() // local} ..."
     return f"{launcher} train.py --resume --out {shlex.quote(str(out))}"
 
 
@@ -386,13 +433,17 @@ def make_parser() -> ArgumentParser:
                        help=f"data folder; the synthetic videos are made in {SYNTHETIC} by default")
     group.add_argument("--labels", choices=("dense", "sparse"), default="dense",
                        help="sparse: frames may lack masks, as in videos that you label yourself")
+    group.add_argument("--first-label", type=int, choices=(0, 1), default=1,
+                       help="value of the first class in label maps; with 1, 0 is ignored")
     group.add_argument("--out", type=file_path, metavar="DIR",
                        help="folder of this run, by default runs/MODEL; an existing one is only "
                             "ever continued")
     group.add_argument("--resume", action="store_true",
-                       help="continue the run in --out with the arguments that it was started with")
-    group.add_argument("--pretrained", type=file_path, metavar="FILE",
-                       help="to start from: MiT, SegFormer, a released MRCFA, or a last.pt")
+                       help="continue the run in --out with the flags that it was started with, or "
+                            "begin it")
+    group.add_argument("--pretrained", metavar="FILE | OWNER/NAME",
+                       help="weights to start from: of MiT, SegFormer, a released MRCFA, or a "
+                            "last.pt; nvidia/mit-b0 ... are fetched from Hugging Face")
     group.add_argument("--seed", type=int, default=0, metavar="N",
                        help="of initialisation, clips and dropout; several show the spread")
     group.add_argument("--workers", type=int, default=2, metavar="N",
@@ -401,8 +452,9 @@ def make_parser() -> ArgumentParser:
                        help="iterations to average into a line of log.jsonl")
     group.add_argument("--save-every", type=positive, default=500, metavar="N",
                        help="iterations between checkpoints: what a crash costs at most")
-    group.add_argument("--eval-every", type=int, default=0, metavar="N",
-                       help="iterations between evaluations; 0 evaluates at the end alone")
+    group.add_argument("--eval-every", type=int, metavar="N",
+                       help="iterations between evaluations, by default a tenth of the training; 0 "
+                            "evaluates at the end alone")
     add_clip_arguments(parser)
     add_optimiser_arguments(parser)
     add_mrcfa_arguments(parser)
@@ -414,7 +466,7 @@ def add_clip_arguments(parser: ArgumentParser):
     """The flags of how clips are cut from the videos."""
     group = parser.add_argument_group("clips")
     group.add_argument("--batch-size", type=positive, metavar="N",
-                       help="clips a process takes at a time; the paper's 8 are 4 GPUs x 2")
+                       help="clips of an iteration, which all processes share; the paper's are 8")
     group.add_argument("--dilation", dest="offsets", type=positive, nargs="+", default=OFFSETS,
                        metavar="N", help="frames back to the references")
     group.add_argument("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"),
@@ -430,7 +482,8 @@ def add_optimiser_arguments(parser: ArgumentParser):
     """The flags of how long, and at which rates, is trained."""
     group = parser.add_argument_group("optimiser")
     group.add_argument("--accumulate", type=positive, default=1, metavar="N",
-                       help="batches an iteration: a large one in little memory")
+                       help="parts in which a process takes its share, one after the other: less "
+                            "memory")
     group.add_argument("--iters", type=positive, metavar="N",
                        help="iterations, over which the learning rate falls to 0")
     group.add_argument("--lr", type=float, help="AdamW's rate for the encoder; higher from scratch")
@@ -448,7 +501,7 @@ def add_mrcfa_arguments(parser: ArgumentParser):
     group = parser.add_argument_group("MRCFA, and what it is without its parts")
     group.add_argument("--reference-stride", type=int, choices=(16, 32),
                        help="of reference tokens: 16 is finer, and slower")
-    group.add_argument("--hold-segformer", action="store_true",
+    group.add_argument("--freeze-segformer", action="store_true",
                        help="leave the SegFormer of --pretrained as it is and train the affinities "
                             "alone: fast, and single frames stay as good as they were")
     group.add_argument("--positive-kernels", action=argparse.BooleanOptionalAction,
@@ -456,40 +509,61 @@ def add_mrcfa_arguments(parser: ArgumentParser):
                             "learns faster; the paper's may invert")
     group.add_argument("--keep-ratio", type=float, metavar="P",
                        help="share of tokens that STM keeps, if not the paper's; 1: all")
-    group.add_argument("--refine", action=argparse.BooleanOptionalAction, default=True,
-                       help="use SAR")
-    group.add_argument("--aggregate", action=argparse.BooleanOptionalAction, default=True,
-                       help="use MAA; without it there is the finest scale alone")
+    group.add_argument("--sar", dest="refine", action=argparse.BooleanOptionalAction, default=True,
+                       help="refine affinities with SAR")
+    group.add_argument("--maa", dest="aggregate", action=argparse.BooleanOptionalAction,
+                       default=True,
+                       help="merge scales with MAA; without, the finest is used alone")
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line: flags, above the run that is resumed, above the data set's recipe."""
+def parse_args() -> tuple[argparse.Namespace, dict | None]:
+    """The command line: flags, above the run that is continued, above the data set's recipe. With
+    it, the checkpoint of a run that is continued."""
     parser = make_parser()
     parser.set_defaults(**RECIPES["synthetic"])     # for --help
     args = parser.parse_args()
-    out = args.out or Path("runs") / args.model
-    if args.resume:             # what the run was started with are the defaults now
-        parser.set_defaults(**read_run(out / "last.pt")["config"])
+    last = (args.out or Path("runs") / args.model) / "last.pt"
+    checkpoint = read_run(last) if args.resume and last.exists() else None
+    if checkpoint:
+        defaults = checkpoint["config"]
     else:
         dataset = args.dataset or ("folder" if args.data else "synthetic")
-        parser.set_defaults(dataset=dataset, **RECIPES[dataset] | {"warmup": None})
-    args = parser.parse_args(namespace=argparse.Namespace(out=out))
+        defaults = {"dataset": dataset, **RECIPES[dataset], "warmup": None}
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
+    args.out = last.parent
     if args.warmup is None:
         args.warmup = min(RECIPES[args.dataset]["warmup"], args.iters // 10)
+    if args.eval_every is None:
+        args.eval_every = max(1, args.iters // 10)
     check_arguments(parser, args)
     args.data = args.data or SYNTHETIC
     args.device = torch.device(args.device)
-    return args
+    if checkpoint:
+        check_resumption(args, checkpoint)
+    return args, checkpoint
 
 
 def read_run(path: Path) -> dict:
     """The checkpoint of a run, to resume it."""
     checkpoint = read_checkpoint(path)
-    config = checkpoint.get("config")
-    whole = {"optimizer", "scaler", *PROGRESS} <= checkpoint.keys()
-    if not whole or not isinstance(config, dict) or "iters" not in config:
+    whole = {"config", "optimizer", "scaler", "made_with", *PROGRESS} <= checkpoint.keys()
+    if not whole or "iters" not in checkpoint["config"]:
         raise InputError(f"{path} is of no run, or of an earlier version; use it as --pretrained")
     return checkpoint
+
+
+def check_resumption(args: argparse.Namespace, checkpoint: dict):
+    """InputError where the flags are those of another run than the checkpoint's."""
+    path = args.out / "last.pt"
+    for name in FIXED:
+        old, new = checkpoint["config"][name], getattr(args, name)
+        if old != new:
+            raise InputError(f"{path}: is of a run with {name} {old}, but the command says {new}; "
+                             "give it another --out")
+    if args.iters < checkpoint["iteration"]:
+        raise InputError(f"--iters {args.iters}: {path} has {checkpoint['iteration']} iterations "
+                         "already")
 
 
 def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
@@ -507,90 +581,124 @@ def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: must be 0 or more")
-    if args.hold_segformer and not (args.model.startswith("mrcfa") and args.pretrained):
-        parser.error("--hold-segformer needs an MRCFA as --model, and --pretrained FILE with the "
-                     "SegFormer to hold")
+    if args.freeze_segformer and not (args.model.startswith("mrcfa") and args.pretrained):
+        parser.error("--freeze-segformer needs an MRCFA as --model, and --pretrained FILE with the "
+                     "SegFormer to freeze")
 
 
-def train(args: argparse.Namespace):
-    """Train and evaluate in this process, alone or as one of several."""
-    if not args.resume:
+def check_batch_size(args: argparse.Namespace):
+    """InputError where the clips of an iteration can't be shared evenly."""
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    parts = processes * args.accumulate
+    if args.batch_size % parts:
+        lower = args.batch_size // parts * parts
+        nearest = f"{lower} or {lower + parts}" if lower else str(parts)
+        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {parts} "
+                         f"({processes} processes x --accumulate {args.accumulate}), like "
+                         f"{nearest}")
+
+
+# ----------------------------------------------------------------------------------------- a run
+
+def main():
+    """Train and evaluate as the command line says; as one of several processes under torchrun."""
+    args, checkpoint = parse_args()
+    join_processes(args)
+    check_batch_size(args)
+    if not checkpoint:
         instead = f"go on with that run ({resume_command(args.out)}) or name another folder (--out)"
         refuse_to_overwrite(args.out, instead)
-    new = not args.out.exists()
-    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if args.dataset == "synthetic" and first_here and not args.data.exists():
-        write_synthetic(args.data)
+    clips, val = prepare_data(args, checkpoint)
+    run = Run(args, prepare_model(args, checkpoint), clips)
+    if checkpoint:
+        run.resume(checkpoint)
     if dist.is_initialized():
-        dist.barrier()          # until the videos are there, and all have seen that the run isn't
-    classes = read_classes(args.data, default=VSPW_CLASSES if args.dataset == "vspw" else ())
-    if args.resume:
-        check_same_classes(args.classes, classes, args.out / "last.pt", args.data)
-    args.classes = classes
-    sparse = args.labels == "sparse"
-    videos = read_split(args.data, "train", args.offsets, sparse)
-    val = read_split(args.data, "val", args.offsets, sparse)
-    check_labels(videos, classes, "train")
-    check_labels(val, classes, "val")
-    clips = ClipDataset(videos, len(classes), args.offsets, args.crop, args.frame_size,
-                        args.scale_range, args.seed)
-
-    torch.manual_seed(args.seed)
-    model = build_model(args.model, model_arguments(vars(args)))
-    if args.positive_kernels and isinstance(model, MRCFA):
-        positive_kernels(model)
-    if args.pretrained and not args.resume:
-        load_weights(model, args.pretrained)
-    elif args.lr == VSPW_RECIPE["lr"] and not args.pretrained:
-        print(f"warning: --lr {args.lr:g} is for pretrained weights (--pretrained FILE); from "
-              "scratch, --lr 1e-3 --head-lr 1 learns faster", file=sys.stderr)
-    if args.hold_segformer:
-        model.segformer.requires_grad_(False)
-    if dist.is_initialized() and args.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    run = Run(args, model.to(args.device))
-    if run.rank == 0 and clips.too_short:
-        print(f"warning: {clips.too_short} of {len(videos)} training videos are left out: no "
-              f"labelled frame of theirs has references {max(args.offsets)} frames away "
-              "(--dilation)", file=sys.stderr)
-    if args.resume:
-        run.resume(read_run(args.out / "last.pt"))
-    else:
-        if run.rank == 0:
-            args.out.mkdir(parents=True, exist_ok=not new)  # an error where another run was faster
+        begun = [0] * run.processes
+        dist.all_gather_object(begun, run.iteration)    # and all have seen what is in the folder
+        if len(set(begun)) > 1:
+            raise InputError(f"{args.out}: not all processes find the same run there; several "
+                             "machines must share this folder")
+    if rank() == 0:
+        print(what_runs(run, val), file=sys.stderr)
+        args.out.mkdir(parents=True, exist_ok=True)
+    if not checkpoint:
         run.save("last.pt")     # from here on there is something to resume
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, run.on_signal)
     try:
-        run.train(clips, val)
+        run.train(val)
     except KeyboardInterrupt:
         run.leave("interrupted in the evaluation")
-    except RuntimeError as error:
-        if not LOADER_ENDED.search(str(error)):
-            raise
-        raise InputError(f"a process that loads clips ended: {str(error).strip().splitlines()[-1]} "
-                         "Was it out of memory? Try fewer --workers. To go on: "
-                         f"{resume_command(args.out)}") from None
     if run.signal:
         run.leave("stopped")
-    if run.rank == 0:
+    if rank() == 0:
         print(f"the run is in {args.out}: checkpoints, log and pictures")
 
 
-def main():
-    """Train and evaluate as the command line says; as one of several processes under torchrun."""
-    args = parse_args()
-    if "LOCAL_RANK" not in os.environ:
-        train(args)
-        return
-    if args.device.type == "cuda":      # a GPU for each process
-        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-    try:
-        train(args)
-    finally:
-        dist.destroy_process_group()
+def prepare_data(args: argparse.Namespace, checkpoint: dict | None
+                 ) -> tuple[ClipDataset, list[Video]]:
+    """The training clips and the videos to validate with. Each machine's first process makes or
+    fetches what is missing."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or not dist.is_initialized():
+        if args.dataset == "synthetic" and not args.data.exists():
+            write_synthetic(args.data)
+        if args.pretrained and not checkpoint:
+            download_pretrained(args.pretrained)
+    if dist.is_initialized():
+        dist.barrier()
+    classes = read_classes(args.data, default=VSPW_CLASSES if args.dataset == "vspw" else ())
+    if checkpoint:
+        check_same_classes(args.classes, classes, args.out / "last.pt", args.data)
+    args.classes = classes
+    splits = []
+    for split in ("train", "val"):
+        videos = read_split(args.data, split, args.offsets, args.labels == "sparse",
+                            args.first_label)
+        check_labels(videos, classes, split)
+        splits.append(videos)
+    videos, val = splits
+    clips = ClipDataset(videos, len(classes), args.offsets, args.crop, args.frame_size,
+                        args.scale_range, args.seed)
+    return clips, val
+
+
+def prepare_model(args: argparse.Namespace, checkpoint: dict | None) -> nn.Module:
+    """The model on its device, with the weights that the command line says."""
+    torch.manual_seed(args.seed)
+    model = build_model(args.model, model_arguments(vars(args)))
+    if args.positive_kernels and isinstance(model, MRCFA):
+        positive_kernels(model)
+    if args.pretrained and not checkpoint:
+        load_weights(model, download_pretrained(args.pretrained))
+    elif args.lr == VSPW_RECIPE["lr"] and not args.pretrained and rank() == 0:
+        print(f"warning: --lr {args.lr:g} is for pretrained weights (--pretrained); from scratch, "
+              "--lr 1e-3 --head-lr 1 learns faster", file=sys.stderr)
+    if args.freeze_segformer:
+        model.segformer.requires_grad_(False)
+    if dist.is_initialized() and args.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(args.device)
+
+
+def what_runs(run: Run, val: list[Video]) -> str:
+    """A line that says what is trained, how and on what."""
+    args, clips = run.args, run.clips
+    device = f"CPU with {torch.get_num_threads()} threads"
+    if args.device.type != "cpu":
+        device = str(args.device)
+    if args.device.type == "cuda":
+        device = torch.cuda.get_device_name(args.device)
+    elif torch.version.cuda and not torch.cuda.is_available():
+        device += " (this PyTorch is built for CUDA, but finds no GPU)"
+    parameters = list(run.model.parameters())
+    total = sum(p.numel() for p in parameters) / 1e6
+    trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
+    targets = sum(len(targets) for directions in clips.directions for _, targets in directions)
+    left_out = f" ({clips.too_short} more are too short for --dilation)" if clips.too_short else ""
+    return (f"{args.model} with {total:.1f} M parameters, {trained:.1f} M of them trained; "
+            f"{run.processes} x {device}, {args.amp or 'float32'}; {args.iters} iterations of "
+            f"{args.batch_size} clips, {run.share} at a time in each process; "
+            f"{len(clips.videos)} videos with {targets} clips{left_out}, {len(val)} to validate")
 
 
 if __name__ == "__main__":
