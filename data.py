@@ -827,7 +827,9 @@ def run_script(main: Callable[[], None]):
             traceback.print_exc()
             code = 1
         else:
-            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+            # Another process's progress bar may stand in the line.
+            start = "\n" if dist.is_initialized() else ""
+            print(f"{start}{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
             code = 130 if isinstance(error, KeyboardInterrupt) else 2
     finally:
         for number, handler in before.items():

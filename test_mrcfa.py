@@ -1201,7 +1201,8 @@ def start_training(args: list, group: tuple = (), told: Path | None = None, insi
         def stop_all():
             for process in torch.multiprocessing.active_children():
                 os.kill(process.pid, signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2 if group else 1):      # torchrun repeats it
+                os.kill(os.getpid(), signal.SIGTERM)
 
         in_loss(stop_all)
     elif inside == "spoilt frame":

@@ -199,6 +199,8 @@ class Run:
                 if due or stop or self.iteration % args.save_every == 0:
                     self.save("last.pt")
                 if stop:
+                    if self.processes > 1:      # until the first process has saved
+                        dist.barrier()
                     self.leave("stopped")
                 if due:
                     self.evaluate(val)
@@ -391,10 +393,13 @@ class Run:
 
     def on_signal(self, number: int, _):
         """Ctrl-C and the like: end after the iteration, or at once in an evaluation, for which
-        --resume makes up. A second one ends the process."""
-        signal.signal(number, signal.SIG_DFL)
+        --resume makes up. A second one ends the process, but not under torchrun, which repeats
+        each."""
+        if not dist.is_initialized():
+            signal.signal(number, signal.SIG_DFL)
         self.signal = number
         if self.evaluating:
+            self.evaluating = False
             raise KeyboardInterrupt
 
     def leave(self, how: str):
