@@ -13,7 +13,8 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -43,7 +44,8 @@ AHEAD = 2                       # frames that each step of an evaluation may be 
 PICTURED_VIDEOS = 3             # of which there are pictures,
 PICTURED_FRAMES = 100           # of so many labelled frames of each,
 SHEET_FRAMES = 8                # and so many on a sheet
-PANEL = 200                     # the long side of a picture's panels, in pixels
+PANEL = 200                     # the long side of a picture's panels, in pixels,
+LEGEND = 204                    # and the width of its legend's columns
 PAPER_FPS = {                   # SegFormer's and MRCFA's
     "b0": (73.4, 50.0),
     "b1": (58.7, 40.1),
@@ -625,14 +627,10 @@ def classes_of_data(data: Path, classes: Sequence[str], path: Path) -> list[str]
 
 
 def free_name(name: str, methods: Sequence[Method]) -> str:
-    """A name that none of the methods has: the name itself, or with a number."""
+    """The name, or, if one of the methods has it, the name with a number."""
     taken = {method.name for method in methods}
-    number = 1
-    free = name
-    while free in taken:
-        number += 1
-        free = f"{name}_{number}"
-    return free
+    numbered = (f"{name}_{number}" for number in count(2))
+    return next(free for free in chain([name], numbered) if free not in taken)
 
 
 def references_of(configs: Sequence[dict], data: Path) -> tuple[int, ...]:
@@ -654,52 +652,28 @@ def blend(frame: Path, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
     if "background" in classes:
         image.paste(original, mask=Image.fromarray(mask == classes.index("background")))
     areas = np.bincount(mask.ravel(), minlength=IGNORE + 1)
-    font_size = max(10, image.height // 30)
-    boxes, _ = legend_boxes(legend_entries(areas, classes), image.height, font_size)
-    draw_boxes(image, boxes, font_size)
+    draw_legend(image, areas, classes, font_size=max(10, image.height // 30))
     return image
 
 
-@lru_cache(maxsize=None)
-def font_of(size: int) -> ImageFont.ImageFont:
-    """Pillow's own font, loaded once a size."""
-    return ImageFont.load_default(size)
-
-
-def legend_entries(areas: np.ndarray, classes: Sequence[str]) -> list[tuple[str, tuple]]:
-    """Names and colours of the classes with an area (256,), the largest first."""
-    present = [int(k) for k in np.argsort(-areas, kind="stable") if areas[k] and k < len(classes)]
-    return [(classes[k], tuple(PALETTE[3 * k:3 * k + 3])) for k in present]
-
-
-def legend_boxes(entries: Sequence[tuple[str, tuple]], height: int, font_size: int
-                 ) -> tuple[list[tuple], int]:
-    """A legend in as many columns as it takes: boxes (left, top, right, bottom, text, colour), and
-    its width."""
-    font = font_of(font_size)
-    row = font_size + 6
-    rows = max(1, (height - 2) // row)
-    boxes, left, widest = [], 2, 0
-    for i, (text, colour) in enumerate(entries):
-        if i and i % rows == 0:
-            left += widest + 2
-            widest = 0
-        width = round(font.getlength(text)) + 8
-        top = 2 + i % rows * row
-        boxes.append((left, top, left + width, top + row - 1, text, colour))
-        widest = max(widest, width)
-    return boxes, left + widest
-
-
-def draw_boxes(image: Image.Image, boxes: Sequence[tuple], font_size: int):
-    """Draw a legend's boxes into an image."""
+def draw_legend(image: Image.Image, areas: np.ndarray, classes: Sequence[str], font_size: int = 10):
+    """Write the names of the classes with an area (256,) on their colours into an image, the
+    largest first, in columns from its upper left corner."""
     draw = ImageDraw.Draw(image)
-    font = font_of(font_size)
-    for left, top, right, bottom, text, colour in boxes:
-        red, green, blue = colour
+    font = ImageFont.load_default(font_size)
+    row = font_size + 6
+    left, top, widest = 2, 2, 0
+    for k in np.argsort(-areas, kind="stable"):
+        if not areas[k] or k >= len(classes):
+            continue
+        if top + row > image.height and top > 2:            # the next column
+            left, top, widest = left + widest + 2, 2, 0
+        red, green, blue = PALETTE[3 * k:3 * k + 3]
         is_dark = 3 * red + 6 * green + blue < 1000
-        draw.rectangle((left, top, right, bottom), colour)
-        draw.text((left + 4, top + 2), text, "white" if is_dark else "black", font)
+        width = round(font.getlength(classes[k])) + 8
+        draw.rectangle((left, top, left + width, top + row - 1), (red, green, blue))
+        draw.text((left + 4, top + 2), classes[k], "white" if is_dark else "black", font)
+        top, widest = top + row, max(widest, width)
 
 
 def panel(image: Image.Image, title: str) -> Image.Image:
@@ -707,7 +681,7 @@ def panel(image: Image.Image, title: str) -> Image.Image:
     size = fit(image.size, (PANEL, PANEL))
     image = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
     framed = ImageOps.expand(image, (2, 20, 2, 2), "white")
-    ImageDraw.Draw(framed).text((4, 4), title, "black", font_of(11))
+    ImageDraw.Draw(framed).text((4, 4), title, "black", ImageFont.load_default(11))
     return framed
 
 
@@ -761,10 +735,10 @@ class Album:
 
     def with_legend(self, image: Image.Image) -> Image.Image:
         """An image, and beside it the names of all classes on their colours."""
-        entries = legend_entries(self.areas, self.classes)
-        boxes, width = legend_boxes(entries, image.height, font_size=10)
-        legend = Image.new("RGB", (max(width + 2, self.rows[0][0].width), image.height), "white")
-        draw_boxes(legend, boxes, font_size=10)
+        present = np.count_nonzero(self.areas[:len(self.classes)])
+        columns = math.ceil(present / (image.height // 16))     # a row has 16 pixels
+        legend = Image.new("RGB", (max(1, columns) * LEGEND, image.height), "white")
+        draw_legend(legend, self.areas, self.classes)
         return tile([[image, legend]])
 
 
