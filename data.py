@@ -267,8 +267,8 @@ def list_frames(folder: Path) -> list[Path]:
     decimal = sorted(frames, key=partial(number_order, number=r"\d+(?:\.\d+)?"))
     for path, other in zip(frames, decimal, strict=True):
         if path != other:
-            raise InputError(f"{path}: comes after {other.name} if its dot begins decimals, and "
-                             "before it if not; number the frames without dots")
+            raise InputError(f"{path}: its place depends on whether its dot begins decimals "
+                             f"(then {other.name} comes here); number the frames without dots")
     return frames
 
 

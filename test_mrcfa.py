@@ -2552,7 +2552,8 @@ def test_labels_are_read_as_the_layout_says(tmp_path):
 
 
 def test_readme_runs_as_printed(videos, tmp_path, monkeypatch):
-    text = (Path(__file__).parent / "README.md").read_text()
+    folder = Path(__file__).parent
+    text = (folder / "README.md").read_text() + (folder / "RESULTS.md").read_text()
     monkeypatch.chdir(tmp_path)  # where the snippets find a run and a folder of frames
     (videos / "data/v/origin").rename(tmp_path / "frames")
     Path("runs/mrcfa_b0").mkdir(parents=True)
