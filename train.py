@@ -26,8 +26,7 @@ import torch
 import torch._functorch.config
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -88,7 +87,7 @@ FIXED = ("model", "dataset", "reference_stride", "refine", "aggregate", "first_l
 
 def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The loss of clips (B, T, 3, h, w) with labels (B, T, h, w), or the targets' (B, h, w)."""
-    if isinstance(getattr(model, "module", model), MRCFA):
+    if isinstance(model, MRCFA):
         frame_logits, clip_logits = model(images)
         return mrcfa_loss(frame_logits, clip_logits, labels)
     if labels.ndim == 3:
@@ -172,12 +171,10 @@ class Run:
     def train(self, val: list[Video]):
         """Train from the current iteration to the last one."""
         args = self.args
-        network = self.in_training_mode()
-        if self.processes > 1:
-            network = DistributedDataParallel(self.model)
+        self.in_training_mode()
         if args.compile:        # backward, too, no autocast where the model switches it off
             torch._functorch.config.backward_pass_autocast = "off"
-            network.compile()
+            self.model.compile()
         samples = self.samples(self.iteration, args.iters)
         batches = iter(DataLoader(self.clips, self.share, sampler=samples,
                                   num_workers=args.workers, worker_init_fn=leave_signals,
@@ -187,7 +184,7 @@ class Run:
         with progress(total=args.iters, initial=self.iteration, desc=args.model, unit="it",
                       disable=rank() > 0) as bar:
             while self.iteration < args.iters:
-                loss, norm, stop = self.step(network, batches)
+                loss, norm, stop = self.step(batches)
                 self.losses.append(loss)
                 self.iteration += 1
                 lr = self.optimizer.param_groups[0]["lr"]
@@ -205,7 +202,7 @@ class Run:
                 if due:
                     self.evaluate(val)
 
-    def step(self, network: nn.Module, batches) -> tuple[float, float, bool]:
+    def step(self, batches) -> tuple[float, float, bool]:
         """One iteration -> its loss, the norm of its gradient, and whether to stop after it."""
         args = self.args
         factor = lr_factor(self.iteration, args.iters, args.warmup)
@@ -218,21 +215,22 @@ class Run:
             images, labels = (x.to(args.device, non_blocking=True) for x in next(batches))
             self.waited += time.perf_counter() - start
             self.seed_dropout(i)
-            if self.processes > 1:
-                network.require_backward_grad_sync = i == args.accumulate - 1
             with torch.autocast(args.device.type, AMP.get(args.amp), enabled=args.amp is not None):
-                loss = loss_of(network, images, labels) / args.accumulate
+                loss = loss_of(self.model, images, labels) / args.accumulate
             self.scaler.scale(loss).backward()
             total += loss.detach()
 
-        self.scaler.unscale_(self.optimizer)
+        # The mean over all processes, in one vector: so it is always summed in the same order.
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
-        status = torch.stack([total, norm, torch.full_like(total, self.signal > 0)])
+        status = torch.stack([total, torch.full_like(total, self.signal > 0)])
         if self.processes > 1:
-            dist.all_reduce(status)
-        status /= self.processes
-        loss, norm, stop = status.tolist()  # the one copy from the device in an iteration
+            vector = parameters_to_vector([*gradients, status])
+            dist.all_reduce(vector)
+            vector_to_parameters(vector / self.processes, [*gradients, status])
+        self.scaler.unscale_(self.optimizer)
+        norm = get_total_norm(gradients)
+        # The one copy from the device in an iteration:
+        loss, stop, norm = torch.cat([status, norm[None]]).tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.skips = 0
@@ -273,12 +271,11 @@ class Run:
         seed = np.random.SeedSequence((self.args.seed, 2, first)).generate_state(1)[0]
         torch.manual_seed(int(seed))
 
-    def in_training_mode(self) -> nn.Module:
-        """The model in training mode, but for a part that is frozen."""
+    def in_training_mode(self):
+        """Set the model to training mode, but for a part that is frozen."""
         self.model.train()
         if self.args.freeze_segformer:
             self.model.segformer.eval()
-        return self.model
 
     # --------------------------------------------------------------------------------- evaluation
 
