@@ -368,8 +368,9 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label
 def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
     """Look into the masks of a split before a long run: all of them, or the first CHECKED_MASKS.
 
-    InputError if one can't be used, or no pixel has a class. A line on stderr says what looks
-    wrong: classes that never occur, and masks that seem to count from 0.
+    InputError if one can't be used, if no pixel has a class, or if a single class is left because
+    they seem to count from 0. A line on stderr says what else looks wrong: that without this, and
+    classes that never occur.
     """
     by_video = [zip(video.masks, video.frames, strict=True) for video in videos]
     pairs = []
@@ -393,9 +394,12 @@ def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
     missing = [name for k, name in enumerate(classes) if not counts[k]]
     highest = first_label + int(counts[:len(classes)].nonzero()[0].max())
     if first_label and highest == len(classes) - 1 and zeros > FREQUENT * counts.sum():
-        print(f"warning: the masks of the {split} split have the values 0 ... {len(classes) - 1}, "
-              f"as if they counted classes from 0, but {numbers}; with --first-label 0, 0 is "
-              f"{classes[0]!r}", file=sys.stderr)
+        from_zero = (f"the masks of the {split} split have the values 0 ... {len(classes) - 1}, as "
+                     f"if they counted classes from 0, but {numbers}; with --first-label 0, 0 is "
+                     f"{classes[0]!r}")
+        if len(missing) == len(classes) - 1:
+            raise InputError(from_zero)
+        print(f"warning: {from_zero}", file=sys.stderr)
     elif missing and split == "train" and len(pairs) <= CHECKED_MASKS:
         print(f"warning: no mask of the {split} split has {', '.join(missing)}: {numbers}",
               file=sys.stderr)

@@ -592,7 +592,8 @@ def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]
         methods = []
         for folder in args.predictions:
             predict = partial(saved_masks, folder=folder, num_classes=len(classes))
-            methods.append(Method(free_name(os.path.basename(os.path.abspath(folder)), methods), predict))
+            name = os.path.basename(os.path.abspath(folder))
+            methods.append(Method(free_name(name, methods), predict))
         return methods, [{"classes": classes}] * len(methods)
 
     methods, configs = [], []

@@ -635,8 +635,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         (tmp_path / "weights.pth").write_bytes(content)
         with pytest.raises(ValueError) as error:
             load_pretrained(SegFormer("b0", 5), tmp_path / "weights.pth")
-        assert f"weights.pth: can't be read as a checkpoint; it begins with {content[:40]!r}" in str(
-            error.value)
+        assert f"weights.pth: can't be read as a checkpoint; it begins with {content[:40]!r}" in (
+            str(error.value))
     torch.save({"model": {}, "made": Path}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"would run code when loaded \(pathlib"):
         load_pretrained(SegFormer("b0", 5), tmp_path / "weights.pth")
@@ -887,7 +887,7 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
     out = tmp_path / "run"
     assert (run(training, monkeypatch, "--model", model, "--data", videos, "--out", out, "--iters",
                 3, *SMALL, "--eval-every", 2) == 0)
-    assert "(1 more are too short" in capsys.readouterr().err
+    assert "(1 are too short" in capsys.readouterr().err
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in log if "loss" in line
             ] == [1, 2, 3] and [line["iteration"] for line in log if "mIoU" in line] == [2, 3]
@@ -1772,8 +1772,8 @@ def test_other_class_names_and_a_single_class_are_said(videos, tmp_path, monkeyp
     assert run(training, monkeypatch, *resume) == 0
     assert "class 1 is 'road' in" in capsys.readouterr().err
     for names, message in (("car\nsky\nstreet", "the order of the classes differs"),
-                           ("heaven\ncar\nstreet",
-                            "the order of the classes differs"), ("sky\nroad", "has 3 classes, but"),
+                           ("heaven\ncar\nstreet", "the order of the classes differs"),
+                           ("sky\nroad", "has 3 classes, but"),
                            ("sky", "names 1 classes; give 2")):
         (videos / "classes.txt").write_text(names)
         assert run(training, monkeypatch, *resume) == 2
@@ -2075,7 +2075,7 @@ def test_released_files_of_known_class_counts_have_names(tmp_path):
         2) == ["class 0", "class 1"]
 
 
-# ------------------------------------------------- one's own videos: labels, weights, files, signals
+# --------------------------------------------------------------- one's own videos, labels, files
 
 
 def masks_from_zero(videos: Path):
@@ -2117,6 +2117,9 @@ def test_masks_that_count_from_zero_are_named(videos, capsys):
         assert ("0 ... 2, as if they counted classes from 0" in error) == said
     labels = read_labels(videos / "data/a/mask/00000.png", (96, 64), 3, first_label=0)
     assert labels.histogram()[255] == 16 and labels.getpixel((50, 2)) == 0
+    only_values(videos, [0, 1])         # a background and one class: one of two would be left
+    with pytest.raises(InputError, match="0 ... 1, as if they counted classes from 0"):
+        data.check_labels(read_split(videos, "train"), CLASSES[:2], "train")
 
 
 def test_masks_of_an_optimiser_are_refused(tmp_path):
@@ -2215,8 +2218,10 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_pretrained_weights_by_name(hub, videos, tmp_path, monkeypatch, capsys):
-    encoder = {key.removeprefix("backbone."): value for key, value in official_state("b0", 3).items()
-               if key.startswith("backbone.")}
+    encoder = {}
+    for key, value in official_state("b0", 3).items():
+        if key.startswith("backbone."):
+            encoder[key.removeprefix("backbone.")] = value
 
     def serve(name, file, content):
         path = hub / name / "resolve/main" / file

@@ -696,11 +696,12 @@ def what_runs(run: Run, val: list[Video]) -> str:
     total = sum(p.numel() for p in parameters) / 1e6
     trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
     targets = sum(len(targets) for directions in clips.directions for _, targets in directions)
-    left_out = f" ({clips.too_short} more are too short for --dilation)" if clips.too_short else ""
+    left_out = f" ({clips.too_short} are too short for --dilation)" if clips.too_short else ""
     return (f"{args.model} with {total:.1f} M parameters, {trained:.1f} M of them trained; "
             f"{run.processes} x {device}, {args.amp or 'float32'}; {args.iters} iterations of "
             f"{args.batch_size} clips, {run.share} at a time in each process; "
-            f"{len(clips.videos)} videos with {targets} clips{left_out}, {len(val)} to validate")
+            f"training videos: {len(clips.videos)}{left_out} with {targets} possible clips; "
+            f"validation videos: {len(val)}")
 
 
 if __name__ == "__main__":
