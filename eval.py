@@ -402,22 +402,10 @@ def load_released(path: Path, variant: str) -> tuple[nn.Module, dict]:
     name = f"{kind}_{variant}"
     model = build_model(name, arguments)
     load_weights(model, path)
+    unnamed = [f"class {k}" for k in range(num_classes)]
+    classes = {124: VSPW_CLASSES, 19: CITYSCAPES_CLASSES}.get(num_classes, unnamed)
     frame_size = FRAME_SIZE if stride == 32 else CITYSCAPES_FRAME_SIZE
-    return model, {"model": name, "classes": names_of_classes(num_classes),
-                   "frame_size": frame_size, "offsets": OFFSETS}
-
-
-def names_of_classes(num_classes: int) -> list[str]:
-    """The class names of a released file: 124 are VSPW's, 19 Cityscapes'."""
-    for classes in (VSPW_CLASSES, CITYSCAPES_CLASSES):
-        if len(classes) == num_classes:
-            return classes
-    return unnamed_classes(num_classes)
-
-
-def unnamed_classes(num_classes: int) -> list[str]:
-    """Names for classes that have none."""
-    return [f"class {k}" for k in range(num_classes)]
+    return model, {"model": name, "classes": classes, "frame_size": frame_size, "offsets": OFFSETS}
 
 
 def compile_parts(model: nn.Module):
@@ -449,7 +437,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--data", type=file_path, metavar="DIR",
                        help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
     group.add_argument("--split", default="val", metavar="NAME",
-                       help="which videos: those that DIR/NAME.txt lists")
+                       help="evaluate the videos that DIR/NAME.txt lists")
     group.add_argument("--labels", choices=("dense", "sparse"), default="dense",
                        help="sparse: frames may lack masks, as in videos that you label yourself")
     group.add_argument("--first-label", type=int, choices=(0, 1),
@@ -475,9 +463,9 @@ def parse_args() -> argparse.Namespace:
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=MODELS, metavar="NAME",
-                       help="what a released checkpoint is: mrcfa_b0 ... segformer_b5")
+                       help="model in a released checkpoint: mrcfa_b0 ... segformer_b5")
     group.add_argument("--num-classes", type=positive, metavar="K",
-                       help="of a released checkpoint; of the benchmark, there 124 by default")
+                       help="number of classes in a released checkpoint, or in the benchmark (124)")
     group.add_argument("--dilation", type=positive, nargs="+", metavar="N",
                        help="frames back to the references, if not as in training")
     group.add_argument("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"),
@@ -486,9 +474,9 @@ def parse_args() -> argparse.Namespace:
 
     group = parser.add_argument_group("benchmark")
     group.add_argument("--variants", nargs="+", choices=MIT_VARIANTS, default=list(PAPER_FPS),
-                       metavar="NAME", help="of the encoder, to measure")
+                       metavar="NAME", help="encoder variants to measure")
     group.add_argument("--size", type=positive, nargs=2, default=(480, 864), metavar=("H", "W"),
-                       help="of its frames")
+                       help="size of the benchmark's frames")
     args = parser.parse_args()
     check_arguments(parser, args)
     args.device = torch.device(args.device)
@@ -586,9 +574,6 @@ def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]
     """The methods that the command line names, and for each a dict with its "classes" and more."""
     if args.predictions:
         classes = read_classes(args.data, default=VSPW_CLASSES)
-        if not is_cityscapes(args.data) and not (args.data / "classes.txt").exists():
-            print(f"warning: {args.data} has no classes.txt; its classes are taken for VSPW's 124",
-                  file=sys.stderr)
         methods = []
         for folder in args.predictions:
             predict = partial(saved_masks, folder=folder, num_classes=len(classes))
@@ -600,7 +585,9 @@ def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]
     for path in args.checkpoint:
         model, config = load_model(path, args)
         if args.data:
-            config["classes"] = classes_of_data(args.data, config["classes"], path)
+            classes = read_classes(args.data, default=config["classes"])
+            check_same_classes(config["classes"], classes, path, args.data)
+            config["classes"] = classes
         options = {"frame_size": config["frame_size"], "amp": args.amp}
         name = free_name(config["model"], methods)
         if name != config["model"]:
@@ -614,17 +601,6 @@ def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]
                 methods.append(Method(f"{name}_single_frames", predict))
                 configs.append(config)
     return methods, configs
-
-
-def classes_of_data(data: Path, classes: Sequence[str], path: Path) -> list[str]:
-    """The data's class names. InputError where those of the checkpoint `path` are not the same."""
-    if classes != VSPW_CLASSES and not is_cityscapes(data) and not (data / "classes.txt").exists():
-        print(f"warning: {data} has no classes.txt; its classes are taken for those of {path}",
-              file=sys.stderr)
-    ours = read_classes(data, default=classes)
-    unnamed = classes == unnamed_classes(len(classes))
-    check_same_classes(ours if unnamed and len(ours) == len(classes) else classes, ours, path, data)
-    return ours
 
 
 def free_name(name: str, methods: Sequence[Method]) -> str:

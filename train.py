@@ -430,7 +430,8 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME",
                        help="mrcfa_b0 ... b5, segformer_b0 ... b5")
     group.add_argument("--dataset", choices=RECIPES,
-                       help="whose recipe to train with: folder if there is --data, else synthetic")
+                       help="data set, which picks the recipe: folder if there is --data, else "
+                            "synthetic")
     group.add_argument("--data", type=file_path, metavar="DIR",
                        help=f"data folder; the synthetic videos are made in {SYNTHETIC} by default")
     group.add_argument("--labels", choices=("dense", "sparse"), default="dense",
@@ -447,7 +448,7 @@ def make_parser() -> ArgumentParser:
                        help="weights to start from: of MiT, SegFormer, a released MRCFA, or a "
                             "last.pt; nvidia/mit-b0 ... are fetched from Hugging Face")
     group.add_argument("--seed", type=int, default=0, metavar="N",
-                       help="of initialisation, clips and dropout; several show the spread")
+                       help="seed of initialisation, clips and dropout; several show the spread")
     group.add_argument("--workers", type=int, default=2, metavar="N",
                        help="processes that load clips: more if the network waits for them")
     group.add_argument("--log-every", type=positive, default=50, metavar="N",
@@ -475,24 +476,24 @@ def add_clip_arguments(parser: ArgumentParser):
                        help="scale frames to fit this, here and in evaluation; smaller is faster "
                             "and coarser")
     group.add_argument("--scale-range", type=float, nargs=2, metavar=("MIN", "MAX"),
-                       help="random factor on that; 1 1: as it is")
+                       help="range of a random factor on the frames' size; 1 1 leaves it")
     group.add_argument("--crop", type=positive, nargs=2, metavar=("H", "W"),
-                       help="multiples of 32: memory and time depend on it")
+                       help="size of the random crops, in multiples of 32; larger needs more memory")
 
 
 def add_optimiser_arguments(parser: ArgumentParser):
     """The flags of how long, and at which rates, is trained."""
     group = parser.add_argument_group("optimiser")
     group.add_argument("--accumulate", type=positive, default=1, metavar="N",
-                       help="parts in which a process takes its share, one after the other: less "
-                            "memory")
+                       help="split each process's share of the clips into N parts, one after the "
+                            "other: less memory")
     group.add_argument("--iters", type=positive, metavar="N",
                        help="iterations, over which the learning rate falls to 0")
-    group.add_argument("--lr", type=float, help="AdamW's rate for the encoder; higher from scratch")
+    group.add_argument("--lr", type=float, help="learning rate of the encoder; higher from scratch")
     group.add_argument("--head-lr", type=float, metavar="FACTOR",
-                       help="times that for all else; 1 from scratch, where nothing is ahead")
+                       help="learning-rate multiplier for all other layers; 1 from scratch")
     group.add_argument("--weight-decay", type=float, default=0.01,
-                       help="AdamW's, on all but the encoder's LayerNorms")
+                       help="weight decay, of all but the encoder's LayerNorms")
     group.add_argument("--warmup", type=int, metavar="N",
                        help="iterations over which the rate rises, by default as in the recipe "
                             "but at most a tenth of the training")
@@ -502,7 +503,7 @@ def add_mrcfa_arguments(parser: ArgumentParser):
     """The flags of MRCFA's own parts."""
     group = parser.add_argument_group("MRCFA, and what it is without its parts")
     group.add_argument("--reference-stride", type=int, choices=(16, 32),
-                       help="of reference tokens: 16 is finer, and slower")
+                       help="stride of the reference tokens; 16 is finer and slower")
     group.add_argument("--freeze-segformer", action="store_true",
                        help="leave the SegFormer of --pretrained as it is and train the affinities "
                             "alone: fast, and single frames stay as good as they were")
@@ -510,7 +511,7 @@ def add_mrcfa_arguments(parser: ArgumentParser):
                        help="begin SAR's and MAA's convolutions with positive kernels, which "
                             "learns faster; the paper's may invert")
     group.add_argument("--keep-ratio", type=float, metavar="P",
-                       help="share of tokens that STM keeps, if not the paper's; 1: all")
+                       help="share of tokens that STM keeps, by default the paper's; 1 keeps all")
     group.add_argument("--sar", dest="refine", action=argparse.BooleanOptionalAction, default=True,
                        help="refine affinities with SAR")
     group.add_argument("--maa", dest="aggregate", action=argparse.BooleanOptionalAction,
