@@ -478,7 +478,7 @@ def add_clip_arguments(parser: ArgumentParser):
     group.add_argument("--scale-range", type=float, nargs=2, metavar=("MIN", "MAX"),
                        help="range of a random factor on the frames' size; 1 1 leaves it")
     group.add_argument("--crop", type=positive, nargs=2, metavar=("H", "W"),
-                       help="size of the random crops, in multiples of 32; larger needs more memory")
+                       help="size of the random crops, multiples of 32; larger needs more memory")
 
 
 def add_optimiser_arguments(parser: ArgumentParser):
