@@ -287,6 +287,13 @@ def read_image(path: Path) -> Image.Image:
         raise InputError(f"{path}: {why}") from None
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image as it is displayed, without decoding it."""
+    with Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return image.size
+
+
 def read_frame(path: Path) -> Image.Image:
     """A frame as RGB. InputError where 8 bits a colour can't show what is in the file."""
     image = read_image(path)
@@ -383,7 +390,7 @@ def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
     for i, (mask, frame) in enumerate(pairs):
         if i >= CHECKED_MASKS and counts[:IGNORE].any():
             break
-        size = read_image(frame).size
+        size = image_size(frame)
         counts += read_labels(mask, size, len(classes), first_label).histogram()
         zeros += read_index_map(mask, size).histogram()[0]
     numbers = f"{'0 and 255 are' if first_label else '255 is'} ignored, {first_label} is " \
