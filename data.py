@@ -287,13 +287,6 @@ def read_image(path: Path) -> Image.Image:
         raise InputError(f"{path}: {why}") from None
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image as it is displayed, without decoding it."""
-    with Image.open(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        return image.size
-
-
 def read_frame(path: Path) -> Image.Image:
     """A frame as RGB. InputError where 8 bits a colour can't show what is in the file."""
     image = read_image(path)
@@ -375,9 +368,9 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label
 def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
     """Look into the masks of a split before a long run: all of them, or the first CHECKED_MASKS.
 
-    InputError if one can't be used, if no pixel has a class, or if a single class is left because
-    they seem to count from 0. A line on stderr says what else looks wrong: that without this, and
-    classes that never occur.
+    InputError if one can't be used, if no pixel has a class, or if training masks seem to count
+    from 0, so that a single class is left. A line on stderr says what else looks wrong: masks that
+    seem to count from 0, and classes that never occur.
     """
     by_video = [zip(video.masks, video.frames, strict=True) for video in videos]
     pairs = []
@@ -390,7 +383,7 @@ def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
     for i, (mask, frame) in enumerate(pairs):
         if i >= CHECKED_MASKS and counts[:IGNORE].any():
             break
-        size = image_size(frame)
+        size = read_image(frame).size
         counts += read_labels(mask, size, len(classes), first_label).histogram()
         zeros += read_index_map(mask, size).histogram()[0]
     numbers = f"{'0 and 255 are' if first_label else '255 is'} ignored, {first_label} is " \
@@ -404,7 +397,7 @@ def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
         from_zero = (f"the masks of the {split} split have the values 0 ... {len(classes) - 1}, as "
                      f"if they counted classes from 0, but {numbers}; with --first-label 0, 0 is "
                      f"{classes[0]!r}")
-        if len(missing) == len(classes) - 1:
+        if split == "train" and len(missing) == len(classes) - 1:
             raise InputError(from_zero)
         print(f"warning: {from_zero}", file=sys.stderr)
     elif missing and split == "train" and len(pairs) <= CHECKED_MASKS:
@@ -889,7 +882,7 @@ def download_pretrained(source: str) -> Path:
     The variable HF_ENDPOINT replaces the host. InputError, with the address, where that fails.
     """
     path = file_path(source)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return path
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     folder = Path(torch.hub.get_dir(), "checkpoints", source)

@@ -32,11 +32,9 @@ import train as training
 from data import ClipDataset, decode_mask, fit, network_input, read_labels, read_split
 from eval import SegmentationMetrics
 from mrcfa import (MRCFA, TokenwiseConvs, build_model, load_checkpoint, load_official, mrcfa_loss,
-                   reference_indices,
-                   )
+                   reference_indices)
 from segformer import (MIT_VARIANTS, InputError, SegFormer, load_pretrained, mit, read_checkpoint,
-                       segmentation_loss,
-                       )
+                       segmentation_loss)
 
 torch.set_num_threads(1)  # at tiny sizes as fast as more, and in several processes at once faster
 
@@ -69,7 +67,7 @@ def backbone_shapes(variant: str) -> dict[str, tuple[int, ...]]:
         layer(f"patch_embed{i}.norm", c)
         for j in range(depth):
             block = f"block{i}.{j}"
-            for norm in ("norm1", "norm2") + (("attn.norm", ) if r > 1 else ()):
+            for norm in ("norm1", "norm2") + (("attn.norm",) if r > 1 else ()):
                 layer(f"{block}.{norm}", c)
             layer(f"{block}.attn.q", c, c)
             layer(f"{block}.attn.kv", 2 * c, c)
@@ -87,14 +85,14 @@ def backbone_shapes(variant: str) -> dict[str, tuple[int, ...]]:
 def head_shapes(variant: str, classes: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the SegFormer head in NVlabs' and the released MRCFA's checkpoints."""
     shapes = {
-        "conv_seg.weight": (classes, 128, 1, 1), "conv_seg.bias": (classes, ),
+        "conv_seg.weight": (classes, 128, 1, 1), "conv_seg.bias": (classes,),
         "linear_fuse.conv.weight": (256, 1024, 1, 1), "linear_fuse.bn.num_batches_tracked": (),
-        "linear_pred.weight": (classes, 256, 1, 1), "linear_pred.bias": (classes, ),
+        "linear_pred.weight": (classes, 256, 1, 1), "linear_pred.bias": (classes,),
     }
     for i, c in enumerate(MIT_VARIANTS[variant][0], 1):
-        shapes |= {f"linear_c{i}.proj.weight": (256, c), f"linear_c{i}.proj.bias": (256, )}
+        shapes |= {f"linear_c{i}.proj.weight": (256, c), f"linear_c{i}.proj.bias": (256,)}
     return shapes | {
-        f"linear_fuse.bn.{name}": (256, )
+        f"linear_fuse.bn.{name}": (256,)
         for name in ("weight", "bias", "running_mean", "running_var")
     }
 
@@ -198,8 +196,8 @@ GRADIENTS = [
 
 
 def at_six_places(x: torch.Tensor) -> np.ndarray:
-    return (x.detach().double().flatten()[np.linspace(0.013 * x.numel(), 0.987 * x.numel(),
-                                                      6).astype(int)].numpy())
+    places = np.linspace(0.013 * x.numel(), 0.987 * x.numel(), 6).astype(int)
+    return x.detach().double().flatten()[places].numpy()
 
 
 @pytest.fixture(params=GOLDEN, ids=lambda case: f"{case[0]}-{case[1]}x{case[2]}-stride{case[3]}")
@@ -207,9 +205,8 @@ def released(request):
     variant, height, width, stride, classes = request.param
     model = MRCFA(variant, classes, stride).eval()
     load_official(model, {"meta": {}, "state_dict": official_state(variant, classes, stride)})
-    return (model, clip_for(4, height, width), labels_for(4, height, width,
-                                                          classes), GOLDEN[request.param],
-            )
+    clip, labels = clip_for(4, height, width), labels_for(4, height, width, classes)
+    return model, clip, labels, GOLDEN[request.param]
 
 
 # ------------------------------------------------------------------------------------------- parity
@@ -220,8 +217,7 @@ def test_inference_answers_as_the_released_code(released):
     with torch.no_grad():
         features = model.segformer.encoder(clip[0])
         np.testing.assert_allclose([f(x).item() for x in features for f in (torch.mean, torch.std)],
-                                   golden["features"], atol=1e-6,
-                                   )
+                                   golden["features"], atol=1e-6)
         np.testing.assert_allclose(at_six_places(model(clip)), golden["logits"], atol=1e-4)
         np.testing.assert_allclose(at_six_places(model(clip[:, -1:])), golden["single_frame"],
                                    atol=1e-4)
@@ -251,8 +247,7 @@ def test_training_answers_as_the_released_code(released):
 @pytest.mark.parametrize("variant, classes, stride, mrcfa, segformer",
                          [("b0", 124, 32, 5.186, 3.746), ("b1", 124, 32, 16.226, 13.709),
                           ("b2", 124, 32, 27.271, 24.754), ("b5", 124, 32, 84.517, 82.001),
-                          ("b0", 19, 16, 4.220, None), ("b1", 19, 16, 14.882, None), ],
-                         )
+                          ("b0", 19, 16, 4.220, None), ("b1", 19, 16, 14.882, None), ])
 def test_parameters_in_millions(variant, classes, stride, mrcfa, segformer):
     with torch.device("meta"):
         model = MRCFA(variant, classes, stride)
@@ -336,7 +331,7 @@ def test_clips_of_a_batch_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("stride", [16, 32])
-@pytest.mark.parametrize("offsets", [(9, 6, 3), (2, )])
+@pytest.mark.parametrize("offsets", [(9, 6, 3), (2,)])
 def test_stream_answers_as_the_clips_do(stride, offsets):
     model, video = tiny(stride=stride, offsets=offsets), torch.randn(14, 3, 64, 96)
     stream = model.stream()
@@ -363,17 +358,16 @@ def test_model_can_be_exported_as_one_graph(stride):
     model, clip = tiny(stride=stride), torch.randn(1, 4, 3, 64, 64)
     with torch.no_grad():
         expected = model(clip)
-        torch.testing.assert_close(torch.export.export(model, (clip, )).module()(clip), expected)
+        torch.testing.assert_close(torch.export.export(model, (clip,)).module()(clip), expected)
         torch.testing.assert_close(
             torch.compile(model, fullgraph=True, backend="eager")(clip), expected)
 
 
 def test_reference_indices_follow_the_protocol():
-    assert [reference_indices(t) for t in (0, 2, 3, 4, 8, 9, 10, 40)] == [[], [], [0, 1, 2],
-                                                                          [0, 2, 3], [0, 3, 6],
-                                                                          [0, 3, 6], [1, 4, 7],
-                                                                          [31, 34, 37], ]
-    assert reference_indices(3, (3, 2, 1)) == [0, 1, 2] and reference_indices(5, (4, )) == [1]
+    expected = {0: [], 2: [], 3: [0, 1, 2], 4: [0, 2, 3], 8: [0, 3, 6], 9: [0, 3, 6],
+                10: [1, 4, 7], 40: [31, 34, 37]}
+    assert {t: reference_indices(t) for t in expected} == expected
+    assert reference_indices(3, (3, 2, 1)) == [0, 1, 2] and reference_indices(5, (4,)) == [1]
 
 
 def test_target_reads_only_what_it_is_given():
@@ -399,7 +393,7 @@ def test_target_reads_only_what_it_is_given():
 @pytest.mark.parametrize("variant", ["b0", "b1"])
 @pytest.mark.parametrize(
     "switches",
-    [{}, {"refine": False}, {"aggregate": False}, {"keep_ratio": 1.0}, {"offsets": (3, )}],
+    [{}, {"refine": False}, {"aggregate": False}, {"keep_ratio": 1.0}, {"offsets": (3,)}],
 )
 def test_every_parameter_learns_whatever_is_left_out(variant, switches):
     model = MRCFA(variant, 3, **switches)
@@ -429,8 +423,7 @@ def test_loss_is_the_papers_and_so_are_its_gradients(target_only):
 
     def cross_entropy(logits, label):
         return F.cross_entropy(F.interpolate(logits, (75, 40), mode="bilinear"), label,
-                               ignore_index=255, reduction="none",
-                               ).mean()
+                               ignore_index=255, reduction="none").mean()
 
     target = labels if target_only else labels[:, -1]
     expected = 0.5 * (cross_entropy(frame_logits[:, -1], labels) if target_only else
@@ -439,16 +432,14 @@ def test_loss_is_the_papers_and_so_are_its_gradients(target_only):
     loss = mrcfa_loss(frame_logits, clip_logits, labels)
     torch.testing.assert_close(loss, expected)
     for ours, plain in zip(torch.autograd.grad(loss, (frame_logits, clip_logits)),
-                           torch.autograd.grad(expected, (frame_logits, clip_logits)),
-                           ):
+                           torch.autograd.grad(expected, (frame_logits, clip_logits))):
         torch.testing.assert_close(ours, plain)
 
 
 def test_model_refuses_what_it_cannot_take():
     model = tiny()
     for clip, named in ((torch.zeros(1, 4, 3, 64, 90), "64x90"), (torch.zeros(
-            1, 5, 3, 64, 64), "5 frames"), (torch.zeros(1, 3, 64, 64), "B, T, 3, H, W"),
-                        ):
+            1, 5, 3, 64, 64), "5 frames"), (torch.zeros(1, 3, 64, 64), "B, T, 3, H, W")):
         with pytest.raises(ValueError, match=named):
             model(clip)
     with pytest.raises(ValueError, match="3 frames"):
@@ -456,8 +447,7 @@ def test_model_refuses_what_it_cannot_take():
     with pytest.raises(ValueError, match="eval"):
         model.stream()(torch.zeros(3, 64, 64))
     for wrong in ({"variant": "b9"}, {"reference_stride": 8}, {"keep_ratio": 1.5}, {"offsets": ()},
-                  {"offsets": (3, 0)},
-                  ):
+                  {"offsets": (3, 0)}):
         with pytest.raises(ValueError, match="b9|8|1.5|offsets"):
             MRCFA(**{"variant": "b0", **wrong})
 
@@ -512,8 +502,8 @@ MMSEGMENTATION = {
 }
 
 
-def in_other_names(state: dict[str, torch.Tensor], names: dict[str,
-                                                               str]) -> dict[str, torch.Tensor]:
+def in_other_names(state: dict[str, torch.Tensor],
+                   names: dict[str, str]) -> dict[str, torch.Tensor]:
     """NVlabs' weights of an encoder in the naming of Hugging Face or mmsegmentation."""
     renamed = {}
     for key, value in state.items():
@@ -533,14 +523,14 @@ def in_other_names(state: dict[str, torch.Tensor], names: dict[str,
                 renamed[f"{prefix}attn.attn.in_proj_{kind}"] = both
             elif layer != "attn.kv":
                 convolution = names is MMSEGMENTATION and "fc" in layer and kind == "weight"
-                renamed[f"{prefix}{names[layer]}.{kind}"] = (value[..., None,
-                                                                   None] if convolution else value)
+                if convolution:
+                    value = value[..., None, None]
+                renamed[f"{prefix}{names[layer]}.{kind}"] = value
     return renamed
 
 
 @pytest.mark.parametrize("names, prefix", [(HUGGING_FACE, ""), (HUGGING_FACE, "segformer."),
-                                           (MMSEGMENTATION, ""), (MMSEGMENTATION, "backbone."), ],
-                         )
+                                           (MMSEGMENTATION, ""), (MMSEGMENTATION, "backbone."), ])
 def test_hugging_face_and_mmsegmentation_weights_are_the_same_network(names, prefix):
     encoder = {
         name: tensor_for("backbone." + name, shape)
@@ -578,8 +568,7 @@ def test_hugging_faces_head_is_ours_and_mmsegmentations_is_not():
     model = SegFormer("b0", 124).eval()
     load_pretrained(model,
                     {f"segformer.{k}": v
-                     for k, v in in_other_names(encoder, HUGGING_FACE).items()} | head,
-                    )
+                     for k, v in in_other_names(encoder, HUGGING_FACE).items()} | head)
     with torch.no_grad():
         logits = model(clip_for(4, 64, 96)[0, -1:])
     np.testing.assert_allclose(at_six_places(logits), GOLDEN["b0", 64, 96, 32, 124]["single_frame"],
@@ -594,8 +583,7 @@ def test_hugging_faces_head_is_ours_and_mmsegmentations_is_not():
         load_pretrained(
             model, {f"backbone.{k}": v
                     for k, v in in_other_names(encoder, MMSEGMENTATION).items()}
-            | other,
-        )
+            | other)
 
 
 def test_safetensors_are_read(tmp_path):
@@ -616,16 +604,13 @@ def test_safetensors_are_read(tmp_path):
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     state = official_state("b0", 5)
-    for wrong, match in ((state | {"decode_head.extra.weight": torch.zeros(1)},
-                          "1 weights .*extra.weight is unexpected",
-                          ), ({k: v
-                               for k, v in state.items() if "sr1_feat" not in k},
-                              "2 weights .*value.weight is missing, value.bias is missing",
-                              ), (official_state(
-                                  "b1",
-                                  5), "MiT-b1, this model is built on MiT-b0"), (official_state(
-                                      "b0", 6), r"classifier.1.bias is \(6,\) instead of \(5,\)"),
-                         ):
+    for wrong, match in (
+            (state | {"decode_head.extra.weight": torch.zeros(1)},
+             "1 weights .*extra.weight is unexpected"),
+            ({key: value for key, value in state.items() if "sr1_feat" not in key},
+             "2 weights .*value.weight is missing, value.bias is missing"),
+            (official_state("b1", 5), "MiT-b1, this model is built on MiT-b0"),
+            (official_state("b0", 6), r"classifier.1.bias is \(6,\) instead of \(5,\)")):
         with pytest.raises(ValueError, match=match):
             load_official(MRCFA("b0", 5), wrong)
     torch.save({"a": torch.zeros(100)}, tmp_path / "whole.pth")
@@ -655,9 +640,8 @@ def drifting_videos(seed=0, height=24, width=32, classes=124):
     """Labels that drift slowly and predictions that flicker around them, of known metrics."""
     rng = np.random.RandomState(seed)
     for length in (20, 17, 16, 31):
-        scene = (rng.randint(0, classes, (height // 4, (width + length) // 4 + 1)).repeat(4,
-                                                                                          0).repeat(
-                                                                                              4, 1))
+        scene = rng.randint(0, classes, (height // 4, (width + length) // 4 + 1))
+        scene = scene.repeat(4, 0).repeat(4, 1)
         scene[rng.rand(*scene.shape) < 0.05] = 255
         labels = np.stack([scene[:, t // 12:t // 12 + width] for t in range(length)])
         noise = rng.randint(0, classes, labels.shape)
@@ -676,8 +660,7 @@ def test_metrics_are_the_released_ones():
             "mIoU": 0.631208815370469, "weighted_IoU": 0.6805026198855385,
             "pixel_accuracy": 0.7809539339584183, "mVC8": 0.8359410863348004,
             "mVC16": 0.7408778047814949,
-        }, abs=1e-9,
-    )
+        }, abs=1e-9)
 
 
 def test_metrics_by_hand():
@@ -897,8 +880,7 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
         "data": str(videos),
     }.items())
     with (Image.open(out / "pictures" / "v.webp") as
-          animation, Image.open(out / "pictures" / "v.png") as sheet,
-          ):
+          animation, Image.open(out / "pictures" / "v.png") as sheet):
         panels = (
             4 if model == "mrcfa_b0" else 3)  # frame, label, masks, and an MRCFA's single frames
         assert (animation.n_frames == 18 and animation.width == (panels + 1) * 204
@@ -906,8 +888,7 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
 
     masks, result = tmp_path / "masks", tmp_path / "metrics.json"
     assert (run(evaluation, monkeypatch, "--checkpoint", out / "last.pt", "--data", videos,
-                "--save", masks, "--json", result, "--per-class",
-                ) == 0)
+                "--save", masks, "--json", result, "--per-class") == 0)
     printed = capsys.readouterr().out
     assert "mVC16" in printed and "road" in printed
     metrics = json.loads(result.read_text())
@@ -924,15 +905,13 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
     masks.rename(tmp_path / "a_3")
     (masks := tmp_path / "a").symlink_to("a_3")
     assert (run(evaluation, monkeypatch, "--predictions", masks, tmp_path / "a_3", masks, masks,
-                "--data", videos, "--save", copies,
-                ) == 0)
+                "--data", videos, "--save", copies) == 0)
     assert sorted(path.name for path in copies.iterdir()) == ["a", "a_2", "a_3", "a_4"]
     assert [path.name for path in sorted((masks / "v").iterdir())] == [path.name for path in saved]
 
     for args in ([training, "--data", videos, "--out", out], [
             evaluation, "--predictions", masks, "--data", videos, "--json", result
-    ], [evaluation, "--checkpoint", out / "last.pt", "--data", videos, "--save", masks],
-                 ):
+    ], [evaluation, "--checkpoint", out / "last.pt", "--data", videos, "--save", masks]):
         assert run(args[0], monkeypatch, *args[1:]) == 2
         assert "exists already" in capsys.readouterr().err
 
@@ -940,15 +919,10 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, monkeypatch, cap
 def write_cityscapes(root: Path) -> Path:
     """Labelled frames with all frames around, with none after, and without one of those before."""
     rng = np.random.default_rng(0)
-    for split, city, sequence, target, missing in (("train", "aachen",
-                                                    0, 19, []), ("train", "bochum", 3, 42,
-                                                                 [45]), ("train", "bochum", 4, 19, [
-                                                                     13
-                                                                 ]), ("train", "ulm", 0, 19, [
-                                                                     16, 22
-                                                                 ]), ("val", "munster", 1, 19, []),
-                                                   ("val", "munster", 2, 30, [27]),
-                                                   ):
+    for split, city, sequence, target, missing in (
+            ("train", "aachen", 0, 19, []), ("train", "bochum", 3, 42, [45]),
+            ("train", "bochum", 4, 19, [13]), ("train", "ulm", 0, 19, [16, 22]),
+            ("val", "munster", 1, 19, []), ("val", "munster", 2, 30, [27])):
         for t in range(target - 19, target + 11):
             if t not in missing:
                 path = (root / "leftImg8bit_sequence" / split / city /
@@ -988,40 +962,36 @@ def test_cityscapes_clips_follow_the_frames_numbers(tmp_path):
     train_ids = ids.with_name("aachen_000000_000019_gtFine_labelTrainIds.png")
     Image.fromarray(np.array([[0, 18, 255]], dtype=np.uint8)).save(train_ids)
     assert np.array(read_labels(train_ids, (3, 1), 19)).tolist() == [[0, 18, 255]]
-    assert [mask.name for mask in read_split(root, "train", (3, ))[0].masks
+    assert [mask.name for mask in read_split(root, "train", (3,))[0].masks
             if mask] == [train_ids.name]
     Image.fromarray(np.array([[19]], dtype=np.uint8)).save(train_ids)
     with pytest.raises(ValueError, match="label 19"):
         read_labels(train_ids, (1, 1), 19)
     (root / "leftImg8bit_sequence").rename(root / "elsewhere")
     with pytest.raises(ValueError, match="leftImg8bit_sequence/train: no such folder"):
-        read_split(root, "train", (3, ))
+        read_split(root, "train", (3,))
 
 
 @pytest.mark.parametrize("model", ["mrcfa_b0", "segformer_b0"])
 def test_cityscapes_trains_and_evaluates_its_labelled_frames_alone(model, tmp_path, monkeypatch,
                                                                    capsys):
     root, out, masks = (write_cityscapes(
-        tmp_path / "cityscapes"), tmp_path / "run", tmp_path / "masks",
-                        )
+        tmp_path / "cityscapes"), tmp_path / "run", tmp_path / "masks")
     args = [
         "--dataset", "cityscapes", "--data", root, "--model", model, "--out", out, "--iters", 3,
-        "--batch-size", 2, "--workers", 0,
-    ]
+        "--batch-size", 2, "--workers", 0]
     assert run(training, monkeypatch, *args, "--crop", 64, 128, "--frame-size", 128, 64) == 0
     config = torch.load(out / "last.pt", weights_only=True)["config"]
     assert config["reference_stride"] == 16 and len(config["classes"]) == 19
     entry = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert entry["mVC8"] is None and entry["mVC16"] is None and entry["mIoU"] is not None
     assert (run(evaluation, monkeypatch, "--checkpoint", out / "last.pt", "--data", root, "--save",
-                masks,
-                ) == 0)
+                masks) == 0)
     row = capsys.readouterr().out.strip().splitlines()[-1].split()
     assert row[0] == model and row[3:5] == ["-", "-"]
     saved = [path for path in masks.rglob("*.png")]
     assert sorted(path.parent.name for path in saved) == [
-        "munster_000001_000019", "munster_000002_000030",
-    ]
+        "munster_000001_000019", "munster_000002_000030"]
     assert run(evaluation, monkeypatch, "--predictions", masks, "--data", root) == 0
     assert capsys.readouterr().out.strip().splitlines()[-1].split()[1:] == row[1:]
     if (model == "mrcfa_b0"
@@ -1064,8 +1034,7 @@ def test_without_arguments_it_makes_videos_trains_and_shows_pictures(few_synthet
     made = (tmp_path / "data/synthetic").stat().st_mtime_ns
     for args, code, message in (([], 2, "exists already"), (["--resume"], 0, ""), ([
             "--out", "runs/second", "--no-sar", "--keep-ratio", 1
-    ], 0, ""),
-                                ):
+    ], 0, "")):
         assert (run(training, monkeypatch, "--workers", 0, *args) == code
                 and message in capsys.readouterr().err)
     config = torch.load("runs/second/last.pt", weights_only=True)["config"]
@@ -1079,15 +1048,13 @@ def test_resumed_training_ends_where_an_unbroken_one_does(workers, videos, tmp_p
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     args = [
         "--data", videos, "--iters", 4, "--save-every", 2, *SMALL, "--workers", workers,
-        "--log-every", 3,
-    ]
+        "--log-every", 3]
     assert run(training, monkeypatch, *args, "--out", whole) == 0
     with monkeypatch.context() as patch:
         calls = iter(range(3))  # the fourth iteration never happens
         patch.setattr(
             training, "loss_of", lambda *a, real=training.loss_of:
-            (real(*a) if next(calls, None) is not None else sys.exit(9)),
-        )
+            (real(*a) if next(calls, None) is not None else sys.exit(9)))
         assert run(training, patch, *args, "--out", broken) == 9
     assert torch.load(broken / "last.pt", weights_only=True)["iteration"] == 2
     assert run(training, monkeypatch, "--resume", "--out", broken) == 0
@@ -1101,24 +1068,20 @@ def test_a_resumed_training_takes_new_flags(videos, tmp_path, monkeypatch):
     assert run(training, monkeypatch, "--data", videos, "--out", out, "--iters", 1, *SMALL) == 0
     monkeypatch.setattr(
         training, "loss_of",
-        lambda *a, real=training.loss_of: seeds.append(torch.initial_seed() % 2**32) or real(*a),
-    )
+        lambda *a, real=training.loss_of: seeds.append(torch.initial_seed() % 2**32) or real(*a))
     for i, seed in enumerate((0, 0, 1), 2):
         more = [
             "--iters", i, "--lr", 1e-5, "--head-lr", 2, "--weight-decay", 0.5, "--amp", "fp16",
-            "--seed", seed,
-        ]
+            "--seed", seed]
         assert run(training, monkeypatch, "--resume", "--out", out, *more) == 0
     groups = torch.load(out / "last.pt", weights_only=True)["optimizer"]["param_groups"]
     assert [group["base_lr"] for group in groups
             ] == [1e-5, 1e-5, 2e-5] and [group["weight_decay"]
                                          for group in groups] == [0.5, 0, 0.5]
     assert (run(training, monkeypatch, "--data", videos, "--out", tmp_path / "other", "--iters", 1,
-                "--seed", 1, *SMALL,
-                ) == 0)
+                "--seed", 1, *SMALL) == 0)
     assert (run(training, monkeypatch, "--data", videos, "--out", tmp_path / "same", "--iters", 1,
-                *SMALL,
-                ) == 0)
+                *SMALL) == 0)
     assert (
         len(set(seeds)) == 5
     )  # that dropout begins with, on CPUs of 32 bits: of four iterations, and of the two seeds
@@ -1374,15 +1337,13 @@ def test_released_checkpoint_goes_through_evaluation(videos, tmp_path, monkeypat
     torch.save({"meta": {}, "state_dict": official_state("b0", 3)}, path)
     args = ["--checkpoint", path, "--data", videos, "--frame-size", 96, 64]
     assert (run(evaluation, monkeypatch, *args, "--model", "mrcfa_b0", "--num-classes", 3, "--save",
-                tmp_path / "masks",
-                ) == 0)
+                tmp_path / "masks") == 0)
     assert len(list((tmp_path / "masks" / "v").iterdir())) == 18
     for more, message in ((["--model", "mrcfa_b1", "--num-classes", 3], "MiT-b0"), ([
             "--model", "mrcfa_b0", "--num-classes", 4
     ], "of 3 classes"), ([], "give --model and --num-classes"), ([
             "--model", "segformer_b0", "--num-classes", 3
-    ], "is a mrcfa_b0"),
-                          ):
+    ], "is a mrcfa_b0")):
         assert run(evaluation, monkeypatch, *args, *more) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert str(path) in error and message in error
@@ -1404,20 +1365,18 @@ def test_training_starts_from_released_and_own_weights(videos, tmp_path, monkeyp
 
     state = start("tuned", "--pretrained", tmp_path / "released.pth")
     assert "classifiers are of other classes" in capsys.readouterr(
-    ).err and state["classifier.1.bias"].shape == (3, )
+    ).err and state["classifier.1.bias"].shape == (3,)
     assert torch.equal(state["value.weight"],
                        tensor_for("decode_head.sr1_feat.weight", (256, 256, 4, 4)))
     assert torch.equal(state["segformer.encoder.stages.0.embed.bias"],
-                       tensor_for("backbone.patch_embed1.proj.bias", (32, )),
-                       )
+                       tensor_for("backbone.patch_embed1.proj.bias", (32,)))
     again = start("again", "--pretrained", tmp_path / "tuned/last.pt")
     assert torch.equal(again["classifier.1.weight"], state["classifier.1.weight"])
     segformer = start("segformer", "--model", "segformer_b0")
     inside = start("inside", "--pretrained", tmp_path / "segformer/last.pt")
     assert torch.equal(inside["segformer.classifier.1.weight"], segformer["classifier.1.weight"])
     assert (run(training, monkeypatch, *args, "--out", tmp_path / "b1", "--model", "mrcfa_b1",
-                "--pretrained", tmp_path / "tuned/last.pt",
-                ) == 2)
+                "--pretrained", tmp_path / "tuned/last.pt") == 2)
     assert ("tuned/last.pt" in (error := capsys.readouterr().err)
             and "MiT-b0, this model is built on MiT-b1" in error)
 
@@ -1435,8 +1394,7 @@ def test_a_folder_of_frames_is_segmented(videos, tmp_path, monkeypatch, capsys):
     assert (run(evaluation, monkeypatch, *args, "--frames", frames, "--overlay",
                 tmp_path / "over") == 0)
     with (Image.open(tmp_path / "over/00000.jpg") as image, Image.open(frames / "00000.jpg") as
-          frame, Image.open(masks / "00000.png") as mask,
-          ):
+          frame, Image.open(masks / "00000.png") as mask):
         half = (np.array(frame).astype(float) + np.array(mask.convert("RGB"))) / 2
         assert abs(np.array(image).astype(float) - half)[:, 80:].mean() < 12  # beside the legend
     Image.new("RGB", (64, 64)).save(frames / "99999.png")
@@ -1455,15 +1413,12 @@ def test_two_checkpoints_side_by_side_and_one_pixel_explained(videos, tmp_path, 
                     "reference_stride": 16, "keep_ratio": None, "refine": True, "aggregate": True,
                     "offsets": [9, 6, 3],
                 },
-            }, tmp_path / f"{variant}.pt",
-        )
+            }, tmp_path / f"{variant}.pt")
     both, pictures, result = ([tmp_path / "b0.pt", tmp_path / "b1.pt"], tmp_path / "pictures",
-                              tmp_path / "metrics.json",
-                              )
+                              tmp_path / "metrics.json")
     args = [
         "--checkpoint", *both, "--data", videos, "--pictures", pictures, "--json", result, "--save",
-        tmp_path / "masks",
-    ]
+        tmp_path / "masks"]
     assert run(evaluation, monkeypatch, *args) == 0
     metrics = json.loads(result.read_text())
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -1482,18 +1437,15 @@ def test_two_checkpoints_side_by_side_and_one_pixel_explained(videos, tmp_path, 
         with Image.open(out / "v_12_95_0.png") as picture:
             assert picture.size == (4 * 204, 10 * 155)
     for place, message in ((("v", 2, 0, 0), "a frame from 3 to 17"), (("v", 12, 96, 0), "96x64"),
-                           (("v", "x", 0, 0), "--explain v x 0 0: give a frame"),
-                           ):
+                           (("v", "x", 0, 0), "--explain v x 0 0: give a frame")):
         assert (run(evaluation, monkeypatch, "--checkpoint", both[0], "--data", videos, "--explain",
-                    *place, "--pictures", tmp_path / "no",
-                    ) == 2)
+                    *place, "--pictures", tmp_path / "no") == 2)
         assert message in capsys.readouterr().err
 
 
 def test_benchmark_prints_a_row_for_each_way(monkeypatch, capsys):
     assert (run(evaluation, monkeypatch, "--benchmark", "--variants", "b0", "--size", 64, 64,
-                "--num-classes", 3,
-                ) == 0)
+                "--num-classes", 3) == 0)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]]
             for line in capsys.readouterr().out.splitlines() if line.startswith("| b0")]
     assert [row[0] for row in rows] == ["b0 SegFormer", "b0 MRCFA by clips", "b0 MRCFA streaming"]
@@ -1537,8 +1489,7 @@ def test_bad_data_is_one_line_that_names_it(how, message, videos, tmp_path, monk
     torch.save({"meta": {}, "state_dict": official_state("b0", 3)}, path)
     args = [
         "--checkpoint", path, "--model", "mrcfa_b0", "--num-classes", 3, "--data", videos,
-        "--frame-size", 96, 64,
-    ]
+        "--frame-size", 96, 64]
     assert run(evaluation, monkeypatch, *args) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py:")]
     assert len(error) == 1 and message in error[0]
@@ -1550,18 +1501,12 @@ def test_bad_data_is_one_line_that_names_it(how, message, videos, tmp_path, monk
      (training, ["--dataset", "vspw"], "--data DIR is missing"),
      (evaluation, ["--checkpoint", "none.pt"], "--data DIR is missing"),
      (evaluation, ["--checkpoint", "none.pt", "--frames", "{videos}/data/v/origin"
-                   ], "they need --save",
-      ),
-     (evaluation, [
-         "--checkpoint", "none.pt", "--frames", "{videos}/data/v/origin", "--save", "masks",
-         "--json", "new",
-     ], "nothing else",
-      ),
-     (evaluation, [
-         "--checkpoint", "a", "b", "--data", "{videos}", "--explain", "v", "9", "0", "0",
-         "--pictures", "new",
-     ], "one --checkpoint",
-      ), (training, ["--data", "{videos}", "--dilation", "30"], "none of the 3 training videos"),
+                   ], "they need --save"),
+     (evaluation, ["--checkpoint", "none.pt", "--frames", "{videos}/data/v/origin", "--save",
+                   "masks", "--json", "new"], "nothing else"),
+     (evaluation, ["--checkpoint", "a", "b", "--data", "{videos}", "--explain", "v", "9", "0", "0",
+                   "--pictures", "new"], "one --checkpoint"),
+     (training, ["--data", "{videos}", "--dilation", "30"], "none of the 3 training videos"),
      (training, ["--data", "{videos}", "--crop", "60", "64"], "multiples of 32"),
      (training, ["--model", "mrcfa_b7"], "mrcfa_b7"),
      (training, ["--keep-ratio", "1.5"], "keep_ratio must lie in (0, 1], not 1.5"),
@@ -1571,16 +1516,13 @@ def test_bad_data_is_one_line_that_names_it(how, message, videos, tmp_path, monk
      (training, ["--scale-range", "0.001", "1"], "--scale-range 0.001 1.0"),
      (training, ["--batch-size", "5", "--accumulate", "2"], "multiple of 2 (1 processes x "
       "--accumulate 2), like 4 or 6"),
-     (training, ["--data", "{videos}", "--pretrained", "none.pth", *map(str, SMALL)], "none.pth",
-      ),
+     (training, ["--data", "{videos}", "--pretrained", "none.pth", *map(str, SMALL)], "none.pth"),
      (evaluation, ["--data", "{videos}", "--checkpoint", "none.pt"
-                   ], "eval.py: none.pt: No such file or directory",
-      ),
-     (evaluation, ["--data", "{videos}", "--predictions", "none"], "none/v/00000.png: No such file",
-      ),
+                   ], "eval.py: none.pt: No such file or directory"),
+     (evaluation, ["--data", "{videos}", "--predictions", "none"],
+      "none/v/00000.png: No such file"),
      (evaluation, ["--data", "{videos}", "--predictions", "{videos}/data"
-                   ], "00000.png: No such file",
-      ), ],
+                   ], "00000.png: No such file"), ],
 )
 def test_bad_arguments_are_one_line_that_names_them(script, args, message, videos, tmp_path,
                                                     monkeypatch, capsys):
@@ -1628,8 +1570,7 @@ def released_arguments(tmp_path: Path, classes=3, name="released.pth") -> list:
     torch.save({"meta": {}, "state_dict": official_state("b0", classes)}, path)
     return [
         "--checkpoint", path, "--model", "mrcfa_b0", "--num-classes", classes, "--frame-size", 96,
-        64,
-    ]
+        64]
 
 
 def write_masks(folder: Path, values: dict[str, int], count=18, size=(96, 64)) -> Path:
@@ -1687,16 +1628,14 @@ def test_masks_of_other_kinds_are_refused(tmp_path):
     Image.new("L", (6, 4), 3).save(tmp_path / "jpeg.png", "JPEG")
     Image.new("I;16", (6, 4), 3).save(tmp_path / "deep.png")
     for name, message in (("colours", "mode RGB"), ("jpeg", "not a PNG"),
-                          ("deep", "mode I;16"),
-                          ):
+                          ("deep", "mode I;16")):
         with pytest.raises(InputError, match=f"{name}.png.*{message}"):
             data.read_index_map(tmp_path / f"{name}.png", (6, 4))
 
 
 def test_frames_are_in_the_order_of_their_numbers(tmp_path):
-    for names in ([f"{t}" for t in range(1, 13)], ["b_2", "b_10",
-                                                   "c_1"], ["frame_9999", "frame_10000"],
-                  ):
+    for names in ([f"{t}" for t in range(1, 13)], ["b_2", "b_10", "c_1"],
+                  ["frame_9999", "frame_10000"]):
         folder = tmp_path / names[0]
         folder.mkdir()
         for name in names:
@@ -1737,24 +1676,20 @@ def remove_frame(videos: Path):
 @pytest.mark.parametrize(
     "change, message",
     [(lambda videos: only_values(videos, []),
-      "no pixel of this mask or of the val split's other 17 has a class",
-      ), (remove_frame, "mask/00004.png: this mask has no frame of its name"),
+      "no pixel of this mask or of the val split's other 17 has a class"),
+     (remove_frame, "mask/00004.png: this mask has no frame of its name"),
      (lambda videos: (videos / "val.txt").write_text("v\nv\n"), "names the video v twice"),
-     (lambda videos:
-      (videos / "classes.txt").write_text("road\nsky\ncar\n"), "'sky' in .*, but 'road' in .*order",
-      ),
-     (lambda videos:
-      (videos / "classes.txt").write_text("sky\nroad\n"), "has 3 classes, but .* has 2",
-      ), ],
-)
+     (lambda videos: (videos / "classes.txt").write_text("road\nsky\ncar\n"),
+      "'sky' in .*, but 'road' in .*order"),
+     (lambda videos: (videos / "classes.txt").write_text("sky\nroad\n"),
+      "has 3 classes, but .* has 2")])
 def test_data_that_is_not_what_was_meant_is_refused(change, message, videos, tmp_path, monkeypatch,
                                                     capsys):
     torch.save(
         {
             "model": SegFormer("b0", 3).state_dict(),
             "config": {"model": "segformer_b0", "classes": CLASSES, "frame_size": [96, 64]},
-        }, tmp_path / "model.pt",
-    )
+        }, tmp_path / "model.pt")
     change(videos)
     assert (run(evaluation, monkeypatch, "--checkpoint", tmp_path / "model.pt", "--data",
                 videos) == 2)
@@ -1845,11 +1780,9 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(videos, tmp_path, mon
         assert f"train.py: {out / 'last.pt'}: No space left on device" in capsys.readouterr().err
         patch.setattr(
             data, "open", lambda path, mode: FullDisk(path, mode, 50)
-            if "w" in mode else open(path, mode), raising=False,
-        )
+            if "w" in mode else open(path, mode), raising=False)
         assert (run(evaluation, patch, "--checkpoint", out / "last.pt", "--data", videos, "--save",
-                    masks,
-                    ) == 2)
+                    masks) == 2)
         assert (f"eval.py: {masks / 'v/00000.png'}: No space left on device"
                 in capsys.readouterr().err)
     assert (out / "last.pt").read_bytes() == before
@@ -1869,17 +1802,13 @@ def test_a_killed_loader_is_one_line(videos, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda state: {"module." + key: value
-                   for key, value in state.items()}, lambda state:
-    {"epoch": 3, "state_dict": {"model.net.0." + key: value
-                                for key, value in state.items()}, },
-    lambda state: {"_orig_mod." + key: value
-                   for key, value in state.items()}, lambda state: {
-                       "checkpoint": {"generator": {"weights": state}},
-                       "optimizer": {"state": {0: {"exp_avg": torch.zeros(1)}}},
-                   },
-],
-                         )
+    lambda state: {"module." + key: value for key, value in state.items()},
+    lambda state: {"epoch": 3, "state_dict": {"model.net.0." + key: value
+                                              for key, value in state.items()}},
+    lambda state: {"_orig_mod." + key: value for key, value in state.items()},
+    lambda state: {"checkpoint": {"generator": {"weights": state}},
+                   "optimizer": {"state": {0: {"exp_avg": torch.zeros(1)}}}},
+])
 def test_weights_are_found_wherever_people_have_them(wrap):
     model, other = SegFormer("b0", 3), SegFormer("b0", 3)
     load_pretrained(other, wrap(model.state_dict()))
@@ -1897,16 +1826,13 @@ def test_checkpoints_that_are_not_what_was_meant_are_named(videos, tmp_path, mon
     for content, message in (({"student": state, "teacher": state},
                               "several state dicts in it ('student', 'teacher')"), ({
                                   "epoch": 3, "args": {}
-                              }, "no state dict in it (weights by name); it holds 'epoch', 'args'",
-                                                                                    ),
+                              }, "no state dict in it (weights by name); it holds 'epoch', 'args'"),
                              (state,
-                              "which would have a classifier; it holds 'stages.0.embed.weight'"),
-                             ):
+                              "which would have a classifier; it holds 'stages.0.embed.weight'")):
         torch.save(content, tmp_path / "file.pth")
         args = [
             "--checkpoint", tmp_path / "file.pth", "--model", "segformer_b0", "--num-classes", 3,
-            "--data", videos,
-        ]
+            "--data", videos]
         assert run(evaluation, monkeypatch, *args) == 2
         assert (f"{tmp_path / 'file.pth'}: " in (error := capsys.readouterr().err)
                 and message in error)
@@ -1948,13 +1874,11 @@ def test_transformers_5_names_in_memory_are_the_same_network(prefix):
     module = mit("b0")
     load_pretrained(
         module,
-        state | {"classifier.weight": torch.zeros(1000, 256), "classifier.bias": torch.zeros(1000)},
-    )
+        state | {"classifier.weight": torch.zeros(1000, 256), "classifier.bias": torch.zeros(1000)})
     golden = GOLDEN["b0", 64, 96, 32, 124]
     features = module.eval()(clip_for(4, 64, 96)[0])
     np.testing.assert_allclose([f(x).item() for x in features for f in (torch.mean, torch.std)],
-                               golden["features"], atol=1e-6,
-                               )
+                               golden["features"], atol=1e-6)
     head = {}
     for key, shape in head_shapes("b0", 124).items():
         name = (key.replace("linear_fuse.conv", "linear_fuse").replace(
@@ -2005,8 +1929,7 @@ def test_paths_may_begin_with_a_tilde(monkeypatch, tmp_path):
 
 def test_a_log_that_is_no_terminal_stays_short(videos, tmp_path, monkeypatch, capsys):
     assert (run(training, monkeypatch, "--data", videos, "--out", tmp_path / "run", "--iters", 12,
-                *SMALL, "--model", "segformer_b0",
-                ) == 0)
+                *SMALL, "--model", "segformer_b0") == 0)
     assert (capsys.readouterr().err.count("loss=")
             <= 2)  # at the end, and where the machine is very slow once in between
 
@@ -2020,8 +1943,7 @@ def all_124_classes(tmp_path_factory) -> Path:
     for t in range(18):
         for folder, array, suffix in (("origin", labels, "jpg"), ("mask", labels, "png"),
                                       ("../../predicted/12345678_video",
-                                       np.roll(labels - 1, t % 3, 1), "png"),
-                                      ):
+                                       np.roll(labels - 1, t % 3, 1), "png")):
             path = root / "data/12345678_video" / folder / f"{t:08d}.{suffix}"
             path.resolve().parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(path.resolve())
@@ -2035,8 +1957,7 @@ def test_every_way_out_holds_124_classes(all_124_classes, tmp_path, monkeypatch,
     out = {name: tmp_path / name for name in ("save", "overlay", "pictures", "metrics.json")}
     args = [
         "--predictions", root / "predicted", "--data", root, "--per-class", "--json",
-        out["metrics.json"],
-    ]
+        out["metrics.json"]]
     for name in ("save", "overlay", "pictures"):
         args += [f"--{name}", out[name]]
     assert run(evaluation, monkeypatch, *args) == 0
@@ -2045,8 +1966,7 @@ def test_every_way_out_holds_124_classes(all_124_classes, tmp_path, monkeypatch,
     assert rows == ["predicted", *data.VSPW_CLASSES]
     assert 0 < json.loads(out["metrics.json"].read_text())["mIoU"] < 1
     with (Image.open(out["save"] / video / "00000004.png") as
-          saved, Image.open(root / "predicted" / video / "00000004.png") as mask,
-          ):
+          saved, Image.open(root / "predicted" / video / "00000004.png") as mask):
         assert np.array_equal(np.array(saved), np.array(mask))
     legend = Image.new("RGB", (3000, 112), "white")
     evaluation.draw_legend(legend, np.arange(256), data.VSPW_CLASSES)
@@ -2054,8 +1974,7 @@ def test_every_way_out_holds_124_classes(all_124_classes, tmp_path, monkeypatch,
     for k in range(124):        # all but the first, whose area is 0
         assert (tuple(data.PALETTE[3 * k:3 * k + 3]) in seen) == (k > 0)
     with (Image.open(out["pictures"] / f"{video}.png") as
-          sheet, Image.open(out["pictures"] / f"{video}.webp") as animation,
-          ):
+          sheet, Image.open(out["pictures"] / f"{video}.webp") as animation):
         # The legend has many columns.
         assert animation.n_frames == 18
         assert animation.width > 3 * 204 + 1000 and sheet.width > 9 * 204
@@ -2265,10 +2184,8 @@ def keep_masks(videos: Path, kept: dict[str, list[int]]):
 def test_training_takes_a_few_labelled_frames(videos, tmp_path, monkeypatch, capsys):
     keep_masks(videos, {"a": [1, 5], "v": [0, 12]})  # b and short have all of theirs
     args = ["--data", videos, *SMALL]
-    for script, more in ((training, ["--out",
-                                     tmp_path / "dense"]), (evaluation, ["--predictions",
-                                                                         tmp_path]),
-                         ):
+    for script, more in ((training, ["--out", tmp_path / "dense"]),
+                         (evaluation, ["--predictions", tmp_path])):
         assert (run(script, monkeypatch, *args[:2], *more,
                     *(SMALL if script is training else [])) == 2)
         assert "labelled; --labels sparse allows that)" in capsys.readouterr().err
@@ -2280,8 +2197,7 @@ def test_training_takes_a_few_labelled_frames(videos, tmp_path, monkeypatch, cap
             calls = iter(range(3))
             patch.setattr(
                 training, "loss_of", lambda *a, real=training.loss_of:
-                (real(*a) if next(calls, None) is not None else sys.exit(9)),
-            )
+                (real(*a) if next(calls, None) is not None else sys.exit(9)))
             assert run(training, patch, *flags, "--out", broken) == 9
         assert run(training, monkeypatch, "--resume", "--out", broken) == 0
         assert_same_run(whole, broken)
@@ -2312,11 +2228,9 @@ def test_evaluation_of_a_few_labelled_frames_uses_all(videos, tmp_path, monkeypa
     keep_masks(videos, {"v": [3, 12]})
     args = [
         *arguments, "--data", videos, "--labels", "sparse", "--json", tmp_path / "metrics.json",
-        "--pictures", tmp_path / "pictures",
-    ]
+        "--pictures", tmp_path / "pictures"]
     assert (run(evaluation, monkeypatch, *args, "--save", tmp_path / "sparse", "--overlay",
-                tmp_path / "over",
-                ) == 0)
+                tmp_path / "over") == 0)
     assert "16 of them are of frames without labels" in capsys.readouterr().out
     masks = [sorted((tmp_path / name / "v").iterdir()) for name in ("dense", "sparse")]
     assert [path.read_bytes()
@@ -2332,8 +2246,7 @@ def test_evaluation_of_a_few_labelled_frames_uses_all(videos, tmp_path, monkeypa
     with Image.open(tmp_path / "pictures/v.webp") as animation:
         assert animation.n_frames == 2
     assert (run(evaluation, monkeypatch, "--predictions", tmp_path / "sparse", "--data", videos,
-                "--labels", "sparse",
-                ) == 0)
+                "--labels", "sparse") == 0)
 
 
 def test_consistency_counts_windows_that_are_labelled_throughout():
@@ -2360,8 +2273,7 @@ def blobs(classes=124, size=(60, 108)) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("network, frame", [((240, 432), (241, 427)), ((128, 192), (300, 401)),
-                                            ((256, 384), (61, 99)), ((60, 108), (60, 108)), ],
-                         )
+                                            ((256, 384), (61, 99)), ((60, 108), (60, 108)), ])
 def test_masks_of_real_videos_decode_exactly_without_interpolating_all(network, frame, monkeypatch):
     logits = blobs()
     full = F.interpolate(F.interpolate(logits[None], network, mode="bilinear"), frame,
@@ -2474,8 +2386,7 @@ def test_a_training_step_does_not_starve_an_accelerator(monkeypatch):
 def test_a_checkpoint_rebuilds_its_model(videos, tmp_path, monkeypatch):
     for name, model_class in (("mrcfa_b0", MRCFA), ("segformer_b0", SegFormer)):
         assert (run(training, monkeypatch, "--model", name, "--data", videos, "--out",
-                    tmp_path / name, "--iters", 1, *SMALL,
-                    ) == 0)
+                    tmp_path / name, "--iters", 1, *SMALL) == 0)
         path = tmp_path / name / "last.pt"
         model, config = load_checkpoint(path)
         assert isinstance(model, model_class) and not model.training
@@ -2492,8 +2403,7 @@ def test_a_checkpoint_rebuilds_its_model(videos, tmp_path, monkeypatch):
         assert load_checkpoint(path)[1]["offsets"] == [3, 2, 1]
         for change in ({"model": {}}, {"config": {}}, {"config": {**config, "classes": 3}}, {
                 "config": {**config, "model": "mrcfa_b9"}
-        }, {"config": {**config, "classes": CLASSES + ["one more"]}},
-                       ):
+        }, {"config": {**config, "classes": CLASSES + ["one more"]}}):
             torch.save(checkpoint | change, tmp_path / "wrong.pt")
             with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'wrong.pt'}: ")) as error:
                 load_checkpoint(tmp_path / "wrong.pt")
