@@ -100,7 +100,7 @@ class Video:
     name: str
     frames: Sequence[Path]
     masks: Sequence[Path | None]
-    offsets: tuple[int, ...] = ()   # of the references in `frames`, if the training doesn't say
+    offsets: tuple[int, ...] = ()   # of a ready-made clip's references; (): the training's
     first_label: int = 1            # the value of class 0 in the label maps
 
 
@@ -111,8 +111,8 @@ def read_lines(path: Path) -> list[str]:
     try:
         text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
+        text = None
+    if text is None or "\0" in text:
         raise InputError(f"{path}: is not UTF-8 text; save it as UTF-8")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
@@ -452,9 +452,9 @@ def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) ->
     resizes are bilinear as OpenCV does it: half-pixel centres, no antialiasing, rounded.
     """
     width, height = fit(image.size, frame_size)
-    padded = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
+    stretched = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()    # channels-last: fast
-    for size in ((height, width), padded):
+    for size in ((height, width), stretched):
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bilinear").round_()
     return (x[0] - MEAN).div_(STD)
@@ -482,10 +482,10 @@ class ClipDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.sparse = any(None in video.masks for video in videos)
         self.videos = []
-        self.directions = []                        # of each video, see `both_directions`
+        self.directions = []                        # of each video, see `possible_directions`
         for video in videos:
-            directions = self.both_directions(video)
-            if any(targets for _, targets in directions):
+            directions = self.possible_directions(video)
+            if directions:
                 self.videos.append(video)
                 self.directions.append(directions)
         self.too_short = len(videos) - len(self.videos)
@@ -494,15 +494,16 @@ class ClipDataset(torch.utils.data.Dataset):
                              f"others {max(offsets)} frames before or after it; give smaller "
                              "offsets (--dilation)")
 
-    def both_directions(self, video: Video) -> list[tuple[Video, list[int]]]:
+    def possible_directions(self, video: Video) -> list[tuple[Video, list[int]]]:
         """A video forwards and backwards, each with its possible targets: labelled, with all
-        references."""
+        references. A direction without any is left out."""
         backwards = replace(video, frames=video.frames[::-1], masks=video.masks[::-1])
         first = max(video.offsets or self.offsets)
         directions = []
         for played in (video, backwards):
             targets = [t for t in range(first, len(played.masks)) if played.masks[t]]
-            directions.append((played, targets))
+            if targets:
+                directions.append((played, targets))
         return directions
 
     def choose(self, index: int) -> tuple[Video, np.random.Generator]:
@@ -511,12 +512,8 @@ class ClipDataset(torch.utils.data.Dataset):
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.videos))
         directions = self.directions[order[place]]
         rng = np.random.default_rng((self.seed, 1, index))
-        chosen = rng.integers(max(len(targets) for _, targets in directions))
-        first, second = directions
-        if rng.random() < 0.5:
-            first, second = second, first
-        video, targets = first if first[1] else second
-        target = targets[chosen % len(targets)]
+        video, targets = directions[rng.integers(len(directions))]
+        target = targets[rng.integers(len(targets))]
         clip = [target - offset for offset in (*(video.offsets or self.offsets), 0)]
         frames, masks = [video.frames[t] for t in clip], [video.masks[t] for t in clip]
         return replace(video, frames=frames, masks=masks), rng

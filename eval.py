@@ -790,10 +790,11 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
 def reading_steps(model: MRCFA, queries: Sequence[Tensor], reference) -> tuple[Tensor, dict]:
     """`MRCFA.reconstruct` step by step -> the kept tokens (m,), each step's maps (m, h_l, w_l)."""
     kept, A2, A3, A4 = model.affinities(queries, reference)
-    sar = model.aggregation
-    M2 = sar(A2, A3, A4)
+    stacks = model.aggregation
+    M2 = stacks(A2, A3, A4)
     steps = {"A4 (target stride 32)": A4, "A3 (target stride 16)": A3, "A2 (target stride 8)": A2,
-             "SAR: G4(A4)": sar.g4(A4), "SAR: G3(A3)": sar.g3(A3), "SAR: G2(A2)": sar.g2(A2),
+             "SAR: G4(A4)": stacks.g4(A4), "SAR: G3(A3)": stacks.g3(A3),
+             "SAR: G2(A2)": stacks.g2(A2),
              "MAA: M2": M2, "B: what is read": M2.softmax(1)}
     m = kept.shape[1]
     for name, maps in steps.items():

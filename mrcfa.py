@@ -73,7 +73,7 @@ def as_maps(x: Tensor, size: Sequence[int]) -> Tensor:
 def up(coarse: Tensor, fine: Tensor) -> Tensor:
     """MAA's upsampling (the paper's Gamma) to the size of `fine`.
 
-    It is the only resizing with `align_corners=True`.
+    It is the only resizing with `align_corners=True`, as in the released code.
     """
     return F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=True)
 
@@ -131,7 +131,7 @@ class AffinityAggregation(nn.Module):
     def __init__(self, variant: str, refine: bool = True, aggregate: bool = True):
         super().__init__()
         self.aggregate = aggregate
-        stack = TokenwiseConvs
+        stack = TokenwiseConvs          # short for the table below
         if variant == "b1" and refine:
             self.g4 = stack((1, 1, 3), (1, 2, 3))
             self.g3 = stack((1, 1, 3), (1, 2, 3))
@@ -168,8 +168,7 @@ class Reference(NamedTuple):
 
 
 class MRCFA(nn.Module):
-    """SegFormer with cross-frame affinities. Autocast is off for these: they are sums over all
-    channels that nothing scales down, too large for float16.
+    """SegFormer with cross-frame affinities.
 
     In evaluation: a clip (B, T, 3, H, W), oldest frame first and target last -> the target's logits
     (B, K, H/4, W/4). A clip shorter than T gets the last frame's SegFormer logits.
@@ -267,6 +266,9 @@ class MRCFA(nn.Module):
         """F_hat: F (B, 256, h_1, w_1) bilinearly at half the size, which is the mean of 2x2."""
         return F.avg_pool2d(fused, 2)
 
+    # Autocast is off for all that affinities are made of: they are sums over all channels that
+    # nothing scales down, too large for float16.
+
     def queries(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Q^2, Q^3, Q^4 of the target, (B, h_l, w_l, C_l), from its [F_1 ... F_4]."""
         queries = []
@@ -317,7 +319,7 @@ class MRCFA(nn.Module):
     def selective_token_masking(self, A4: Tensor, grid: Sequence[int]) -> Tensor:
         """STM: the numbers (B, m) of the tokens to keep, by A^4 (B, n_4, n_4 of the ref.).
 
-        A token's importance is the sum of its 5 largest affinities to positions of the target. The
+        A token's importance is the sum of the 5 largest entries in its column of A^4. The
         m = max(1, int(p N)) most important tokens are kept.
         """
         # The 5 largest entries of each column: one column is one reference token.
@@ -332,7 +334,8 @@ class MRCFA(nn.Module):
     def to_reference_stride(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Resize each row of x (B, n, n_4) from stride 32 to r: (B, n, N).
 
-        A row lies over the positions of the *reference*, whose `grid` (h_4, w_4) is the target's.
+        A row runs over the positions of the *reference*. All frames have one size, so their `grid`
+        (h_4, w_4) is the target's.
         """
         if self.reference_stride == 32:
             return x
@@ -466,6 +469,9 @@ def load_weights(model: nn.Module, path):
         if "value.weight" not in state:                 # which every MRCFA has
             load_pretrained(model, state)
             return
+        if isinstance(model, SegFormer):                # takes the one inside
+            prefix = "segformer."
+            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         own = model.state_dict()
         other_classes = []
         for key, value in state.items():

@@ -203,13 +203,6 @@ class MixVisionTransformer(nn.Module):
         return features
 
 
-def without_autocast(x: Tensor):
-    """A context in which x's own precision holds, whatever autocast says outside."""
-    if not torch.amp.is_autocast_available(x.device.type):      # as on the meta device
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def mit(variant: str, drop_path: float = 0.1) -> MixVisionTransformer:
     """The MiT encoder "b0" ... "b5". Drop path rises from 0 in the first block to `drop_path`."""
     if variant not in MIT_VARIANTS:
@@ -232,9 +225,12 @@ class SegFormerHead(nn.Module):
         nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        # The paper upsamples the four projected maps to stride 4, concatenates them and fuses them
-        # with a 1x1 convolution. That is a sum of four 1x1 convolutions, and these commute with
-        # bilinear upsampling: so project and fuse each map at its own stride, upsample, and add.
+        # The paper projects the four maps, upsamples them to stride 4, concatenates them and fuses
+        # them with a 1x1 convolution:
+        #     maps = [upsample(linear(feature)) for linear, feature in zip(self.linears, features)]
+        #     fused = self.fuse(torch.cat(maps[::-1], dim=1))
+        # That is a sum of four 1x1 convolutions, which commute with bilinear upsampling. So project
+        # and fuse each map at its own stride, upsample, and add: the same, and much faster.
         fuses = reversed(self.fuse.weight.flatten(1).chunk(4, dim=1))   # of F_1 ... F_4
         maps = []
         for feature, linear, fuse in zip(features, self.linears, fuses, strict=True):
@@ -406,7 +402,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_state_dict(source) -> dict[str, Tensor]:
     """The weights in a checkpoint, a path or a dict, wherever they lie in it; else ValueError.
 
-    A prefix that wrappers like DataParallel, Lightning or torch.compile put before every key goes.
+    A prefix that wrappers like DataParallel, Lightning or torch.compile put before every key is
+    removed.
     """
     content = source if isinstance(source, dict) else read_checkpoint(source)
     found = find_state_dicts(content)
@@ -607,6 +604,13 @@ class SummedCrossEntropy(torch.autograd.Function):
         """The gradient that the forward pass took, times that of the sum."""
         gradient, = ctx.saved_tensors
         return scale * gradient, None, None
+
+
+def without_autocast(x: Tensor):
+    """A context in which x's own precision holds, whatever autocast says outside."""
+    if not torch.amp.is_autocast_available(x.device.type):      # as on the meta device
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 @lru_cache(maxsize=16)

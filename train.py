@@ -119,7 +119,7 @@ def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
 
 
 def lr_factor(i: int, iters: int, warmup: int) -> float:
-    """What iteration i's learning rate is of the base: linear down to 0, after a linear warm-up."""
+    """The learning rate of iteration i as a share of the base: linear warm-up, then down to 0."""
     falling = 1 - i / iters
     if i >= warmup:
         return falling
@@ -172,7 +172,7 @@ class Run:
         """Train from the current iteration to the last one."""
         args = self.args
         self.in_training_mode()
-        if args.compile:        # backward, too, no autocast where the model switches it off
+        if args.compile:        # in backward, too, autocast stays off where the model says so
             torch._functorch.config.backward_pass_autocast = "off"
             self.model.compile()
         samples = self.samples(self.iteration, args.iters)
@@ -327,9 +327,9 @@ class Run:
         for key, value in vars(self.args).items():
             if key not in PLACE:
                 config[key] = str(value) if isinstance(value, Path) else value
-        content = {"model": self.model.state_dict(), "model_args": model_arguments(config),
-                   "config": config, "optimizer": self.optimizer.state_dict(),
-                   "scaler": self.scaler.state_dict(), "made_with": self.made_with()}
+        content = {"model": self.model.state_dict(), "config": config,
+                   "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                   "made_with": self.made_with()}
         for key in PROGRESS:
             content[key] = getattr(self, key)
         buffer = io.BytesIO()
@@ -456,8 +456,8 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--save-every", type=positive, default=500, metavar="N",
                        help="iterations between checkpoints: what a crash costs at most")
     group.add_argument("--eval-every", type=int, metavar="N",
-                       help="iterations between evaluations, by default a tenth of the training; 0 "
-                            "evaluates at the end alone")
+                       help="iterations between evaluations, with real data by default a tenth of "
+                            "the training; 0 evaluates at the end alone")
     add_clip_arguments(parser)
     add_optimiser_arguments(parser)
     add_mrcfa_arguments(parser)
