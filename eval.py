@@ -74,8 +74,8 @@ class SegmentationMetrics:
 
         Raises ValueError where shapes or types are wrong, or a value is no class.
         """
-        labels = self.as_bytes(labels, "labels", [*range(self.num_classes), IGNORE])
-        predictions = self.as_bytes(predictions, "predictions", range(self.num_classes))
+        labels = self.as_bytes(labels, "labels")
+        predictions = self.as_bytes(predictions, "predictions")
         if labels.shape != predictions.shape:
             raise InputError(f"labels {tuple(labels.shape)} and predictions "
                              f"{tuple(predictions.shape)} must have one shape")
@@ -83,19 +83,21 @@ class SegmentationMetrics:
             self.add_frame(label, prediction)
         self.end_video()
 
-    def as_bytes(self, values, name: str, allowed: Iterable[int]) -> Tensor:
-        """Values of a video as uint8."""
+    def as_bytes(self, values, name: str) -> Tensor:
+        """Values of a video as uint8. Only labels can be ignored."""
         values = torch.as_tensor(values).cpu()
         if values.ndim != 3 or values.is_floating_point():
             raise InputError(f"{name} {values.dtype} {tuple(values.shape)} must be integers and "
                              "(frames, H, W)")
         if values.dtype != torch.uint8:
             values = values.long()
-        present = values.unique().tolist()
-        wrong = set(present) - set(allowed)
-        if wrong:
-            raise InputError(f"{name}: {min(wrong)} ... {max(wrong)} are no classes, which are 0 "
-                             f"... {self.num_classes - 1}")
+        wrong = (values < 0) | (values >= self.num_classes)
+        if name == "labels":
+            wrong &= values != IGNORE
+        if wrong.any():
+            low, high = values[wrong].min().item(), values[wrong].max().item()
+            raise InputError(f"{name}: {low} ... {high}, but classes are 0 ... "
+                             f"{self.num_classes - 1}")
         return values.to(torch.uint8)
 
     def start_video(self):
