@@ -773,6 +773,13 @@ def progress(**options) -> tqdm:
     return tqdm(dynamic_ncols=True, mininterval=interval, maxinterval=max(10, interval), **options)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows the defaults, but for None."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr, with exit code 2."""
 

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, MAX_CLASSES,
-                  PALETTE, VSPW_CLASSES, WRONG, ArgumentParser, Video, check_labels,
+                  PALETTE, VSPW_CLASSES, WRONG, ArgumentParser, HelpFormatter, Video, check_labels,
                   check_same_classes, coloured, decode_mask, file_path, fit, is_cityscapes,
                   join_processes, list_frames, network_input, positive, progress, rank,
                   read_classes, read_frame, read_frames, read_index_map, read_labels, read_split,
@@ -425,7 +425,7 @@ def parse_args() -> argparse.Namespace:
     """The command line of an evaluation."""
     parser = ArgumentParser(
         description="Evaluate checkpoints or saved masks, segment a folder of frames, or measure "
-                    "the speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    "the speed.", formatter_class=HelpFormatter)
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--checkpoint", type=file_path, nargs="+", metavar="FILE",
                        help="train.py's or a released one; or several")

@@ -1256,8 +1256,8 @@ def test_the_same_command_begins_and_continues_a_run(videos, tmp_path, monkeypat
     error = capsys.readouterr().err
     assert "mrcfa_b0 with" in error and "1 x CPU with 1 threads, float32" in error
     assert "2 iterations of 2 clips" in error and "going on at iteration 1 of 2" in error
-    for other, message in ((["--model", "mrcfa_b1"], "model mrcfa_b0, but the command says"),
-                           (["--no-sar"], "refine True, but the command says False"),
+    for other, message in ((["--model", "mrcfa_b1"], "--model mrcfa_b0, but the command says"),
+                           (["--no-sar"], "--sar True, but the command says False"),
                            (["--iters", 1], "--iters 1: ")):
         assert run(training, monkeypatch, *command, 2, *other) == 2
         assert message in capsys.readouterr().err

@@ -31,9 +31,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, SYNTHETIC_SIZE, VSPW_CLASSES, ArgumentParser,
-                  ClipDataset, Video, check_labels, check_same_classes, download_pretrained,
-                  file_path, join_processes, positive, progress, rank, read_classes, read_split,
-                  refuse_to_overwrite, run_script, write_synthetic, write_whole)
+                  ClipDataset, HelpFormatter, Video, check_labels, check_same_classes,
+                  download_pretrained, file_path, join_processes, positive, progress, rank,
+                  read_classes, read_split, refuse_to_overwrite, run_script, write_synthetic,
+                  write_whole)
 from eval import (AMP, MODELS, Method, add_device_arguments, evaluate, metrics_table, segment_video,
                   without_nan)
 from mrcfa import MRCFA, OFFSETS, build_model, load_weights, model_arguments, mrcfa_loss
@@ -82,7 +83,8 @@ MAX_SKIPS = 20                  # iterations in a row whose gradient overflows f
 PLACE = ("out", "resume", "device")     # arguments that a checkpoint's `config` leaves out
 PROGRESS = ("iteration", "evaluated", "best", "losses", "lines")    # of a Run, in checkpoints
 # Arguments that can't change when a run goes on.
-FIXED = ("model", "dataset", "reference_stride", "refine", "aggregate", "first_label")
+FIXED = {"model": "--model", "dataset": "--dataset", "reference_stride": "--reference-stride",
+         "refine": "--sar", "aggregate": "--maa", "first_label": "--first-label"}
 
 
 def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -425,7 +427,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description="Train MRCFA or SegFormer on labelled videos. Defaults are those of the "
                     "synthetic videos; RECIPES in train.py has the other data sets'.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=HelpFormatter)
     group = parser.add_argument_group("the run")
     group.add_argument("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME",
                        help="mrcfa_b0 ... b5, segformer_b0 ... b5")
@@ -559,10 +561,10 @@ def read_run(path: Path) -> dict:
 def check_resumption(args: argparse.Namespace, checkpoint: dict):
     """InputError where the flags are those of another run than the checkpoint's."""
     path = args.out / "last.pt"
-    for name in FIXED:
+    for name, flag in FIXED.items():
         old, new = checkpoint["config"][name], getattr(args, name)
         if old != new:
-            raise InputError(f"{path}: is of a run with {name} {old}, but the command says {new}; "
+            raise InputError(f"{path}: is of a run with {flag} {old}, but the command says {new}; "
                              "give it another --out")
     if args.iters < checkpoint["iteration"]:
         raise InputError(f"--iters {args.iters}: {path} has {checkpoint['iteration']} iterations "
