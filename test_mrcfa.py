@@ -1163,6 +1163,7 @@ def start_training(args: list, group: tuple = (), told: Path | None = None, insi
         def stop_all():
             for process in torch.multiprocessing.active_children():
                 os.kill(process.pid, signal.SIGTERM)
+                process.join(0.5)                   # one that ends at it has the time to
             for _ in range(2 if group else 1):      # torchrun repeats it
                 os.kill(os.getpid(), signal.SIGTERM)
 
