@@ -1162,7 +1162,7 @@ def start_training(args: list, group: tuple = (), told: Path | None = None, insi
     if inside == "signal":
         def stop_all():
             for process in torch.multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGTERM)
+                os.system(f"kill {process.pid}")    # from outside, as a batch system does
                 process.join(0.5)                   # one that ends at it has the time to
             for _ in range(2 if group else 1):      # torchrun repeats it
                 os.kill(os.getpid(), signal.SIGTERM)
