@@ -18,7 +18,6 @@ What you can put right yourself (a missing file, a label that doesn't exist) is 
 OSError, with one line that names the file.
 """
 import argparse
-import codecs
 import colorsys
 import datetime
 import http.client
@@ -34,7 +33,6 @@ import traceback
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import lru_cache, partial
-from itertools import chain, zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterable, Iterator, Sequence
 
@@ -105,15 +103,11 @@ class Video:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The non-blank lines of a text file, stripped. UTF-8, or UTF-16 as Windows tools write it."""
-    content = path.read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    """The non-blank lines of a text file, stripped."""
     try:
-        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
-        text = None
-    if text is None or "\0" in text:
-        raise InputError(f"{path}: is not UTF-8 text; save it as UTF-8")
+        raise InputError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
@@ -149,16 +143,14 @@ def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: Path, ro
     """
     if len(theirs) != len(ours):
         raise InputError(f"{who}: has {len(theirs)} classes, but {root} has {len(ours)}")
-    differences = []
-    for k, (their, our) in enumerate(zip(theirs, ours, strict=True)):
-        if their == our:
-            continue
-        differences.append(f"class {k} is {their!r} in {who}, but {our!r} in {root}")
-        if their in ours or our in theirs:
-            raise InputError(f"{differences[-1]}: the order of the classes differs; put "
-                             "classes.txt and the masks in one order")
-    if differences:
-        print(f"warning: {differences[0]} ({len(differences)} names differ)", file=sys.stderr)
+    differ = [k for k in range(len(ours)) if theirs[k] != ours[k]]
+    for k in differ:
+        difference = f"class {k} is {theirs[k]!r} in {who}, but {ours[k]!r} in {root}"
+        if theirs[k] in ours or ours[k] in theirs:
+            raise InputError(f"{difference}: the order of the classes differs; put classes.txt and "
+                             "the masks in one order")
+    if differ:
+        print(f"warning: {difference} ({len(differ)} names differ)", file=sys.stderr)
 
 
 def read_split(root: Path, split: str, offsets: Sequence[int] = (), sparse: bool = False,
@@ -293,10 +285,6 @@ def read_frame(path: Path) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         raise InputError(f"{path}: has more than 8 bits a pixel (mode {image.mode}); convert the "
                          "frames to 8 bits, all with the same scale")
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-        if alpha.getextrema()[0] < 255:
-            raise InputError(f"{path}: has transparent pixels; save frames without transparency")
     return image.convert("RGB")
 
 
@@ -366,31 +354,28 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label
 
 
 def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
-    """Look into the masks of a split before a long run: all of them, or the first CHECKED_MASKS.
+    """Look into up to CHECKED_MASKS masks of a split before a long run.
 
     InputError if one can't be used, if no pixel has a class, or if training masks seem to count
     from 0, so that a single class is left. A line on stderr says what else looks wrong: masks that
     seem to count from 0, and classes that never occur.
     """
-    by_video = [zip(video.masks, video.frames, strict=True) for video in videos]
     pairs = []
-    for pair in chain(*zip_longest(*by_video)):             # the first of each video, then ...
-        if pair and pair[0]:
-            pairs.append(pair)
+    for video in videos:
+        pairs += [pair for pair in zip(video.masks, video.frames, strict=True) if pair[0]]
+    checked = pairs[::math.ceil(len(pairs) / CHECKED_MASKS)]
     first_label = videos[0].first_label
     counts = np.zeros(256, dtype=np.int64)
     zeros = 0
-    for i, (mask, frame) in enumerate(pairs):
-        if i >= CHECKED_MASKS and counts[:IGNORE].any():
-            break
+    for mask, frame in checked:
         size = read_image(frame).size
         counts += read_labels(mask, size, len(classes), first_label).histogram()
         zeros += read_index_map(mask, size).histogram()[0]
     numbers = f"{'0 and 255 are' if first_label else '255 is'} ignored, {first_label} is " \
               f"{classes[0]!r}, and so on"
     if not counts[:IGNORE].any():
-        raise InputError(f"{pairs[0][0]}: no pixel of this mask or of the {split} split's other "
-                         f"{len(pairs) - 1} has a class: {numbers}")
+        raise InputError(f"{pairs[0][0]}: no pixel of this mask, or of {len(checked) - 1} others "
+                         f"of the {split} split, has a class: {numbers}")
     missing = [name for k, name in enumerate(classes) if not counts[k]]
     highest = first_label + int(counts[:len(classes)].nonzero()[0].max())
     if first_label and highest == len(classes) - 1 and zeros > FREQUENT * counts.sum():
@@ -400,7 +385,7 @@ def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
         if split == "train" and len(missing) == len(classes) - 1:
             raise InputError(from_zero)
         print(f"warning: {from_zero}", file=sys.stderr)
-    elif missing and split == "train" and len(pairs) <= CHECKED_MASKS:
+    elif missing and split == "train" and len(checked) == len(pairs):
         print(f"warning: no mask of the {split} split has {', '.join(missing)}: {numbers}",
               file=sys.stderr)
 
@@ -795,14 +780,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def file_path(text: str) -> Path:
-    """The type of an argument that is a path; ~ is the home folder, however the shell passes it."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-
-
 def refuse_to_overwrite(path: Path, instead: str = "give another name"):
     """InputError where there is a file, or a folder with something in it other than half-written
     files, *.tmp."""
@@ -820,7 +797,6 @@ def run_script(main: Callable[[], None]):
             setattr(sys, name, open(os.devnull, "w" if number else "r"))
     for stream in (sys.stdout, sys.stderr):     # what a terminal can't show is no error
         stream.reconfigure(errors="backslashreplace")
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, interrupt)
     code: int | str | None = 0
     try:
@@ -839,9 +815,6 @@ def run_script(main: Callable[[], None]):
             start = "\n" if dist.is_initialized() else ""
             print(f"{start}{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
             code = 130 if isinstance(error, KeyboardInterrupt) else 2
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     for loader in multiprocessing.active_children():
         loader.kill()
     if dist.is_initialized():
@@ -885,9 +858,8 @@ def download_pretrained(source: str) -> Path:
 
     The variable HF_ENDPOINT replaces the host. InputError, with the address, where that fails.
     """
-    path = file_path(source)
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        return path
+    if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        return Path(source)
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     folder = Path(torch.hub.get_dir(), "checkpoints", source)
     files = [folder / name for name in ("pytorch_model.bin", "model.safetensors")]
@@ -901,16 +873,13 @@ def download_pretrained(source: str) -> Path:
             with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
                 download = Path(temporary) / file.name
                 torch.hub.download_url_to_file(url, download, progress=sys.stderr.isatty())
-                if download.read_bytes()[:20].lstrip().startswith(b"<"):
-                    raise InputError(f"{url}: is a web page, not a file of weights")
                 read_state_dict(download)               # whole, or an error
                 os.replace(download, file)
                 return file
         except (OSError, http.client.HTTPException, InputError) as error:
-            if getattr(error, "code", 0) == 404 and file != files[-1]:
-                continue
-            raise InputError(f"{source}: no file here, and {url} can't be fetched ({error}); put "
-                             f"it at {file}, or give the path of another") from None
+            if getattr(error, "code", 0) != 404 or file == files[-1]:
+                raise InputError(f"{source}: no file here, and {url} can't be fetched ({error}); "
+                                 f"put it at {file}, or give the path of another") from None
 
 
 def join_processes(args: argparse.Namespace):
@@ -928,6 +897,11 @@ def join_processes(args: argparse.Namespace):
 def rank() -> int:
     """This process's number among those of torchrun, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes of torchrun, or 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 # -------------------------------------------------------------------------- logits to a mask, fast

@@ -10,9 +10,6 @@ import json
 import math
 import os
 import sys
-import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -24,26 +21,22 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, MAX_CLASSES,
-                  PALETTE, VSPW_CLASSES, WRONG, ArgumentParser, HelpFormatter, Video, check_labels,
-                  check_same_classes, coloured, decode_mask, file_path, fit, is_cityscapes,
-                  join_processes, list_frames, network_input, positive, progress, rank,
-                  read_classes, read_frame, read_frames, read_index_map, read_labels, read_split,
-                  refuse_to_overwrite, run_script, write_image, write_whole)
-from mrcfa import (MRCFA, OFFSETS, build_model, load_checkpoint, load_weights, naming,
-                   reference_indices, rename_official)
-from segformer import (EMBED_DIM, MIT_VARIANTS, InputError, read_checkpoint, read_state_dict,
-                       rename, some_keys)
+from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, PALETTE,
+                  VSPW_CLASSES, WRONG, ArgumentParser, HelpFormatter, Video, check_labels,
+                  check_same_classes, coloured, decode_mask, fit, join_processes, list_frames,
+                  network_input, positive, progress, rank, read_classes, read_frame, read_frames,
+                  read_index_map, read_labels, read_split, refuse_to_overwrite, run_script,
+                  world_size, write_image, write_whole)
+from mrcfa import (MRCFA, OFFSETS, load_checkpoint, naming, read_weights, reference_indices)
+from segformer import EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_strictly, read_checkpoint
 
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
 WINDOWS = (8, 16)               # n of the video consistencies mVC_n, in frames
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-AHEAD = 2                       # frames that each step of an evaluation may be ahead of the next
 PICTURED_VIDEOS = 3             # of which there are pictures,
-PICTURED_FRAMES = 100           # of so many labelled frames of each,
-SHEET_FRAMES = 8                # and so many on a sheet
+PICTURED_FRAMES = 100           # of up to so many labelled frames of each
 PANEL = 200                     # the long side of a picture's panels, in pixels,
 LEGEND = 204                    # and the width of its legend's columns
 PAPER_FPS = {                   # SegFormer's and MRCFA's
@@ -83,7 +76,7 @@ class SegmentationMetrics:
             self.add_frame(label, prediction)
         self.end_video()
 
-    def as_bytes(self, values, name: str) -> Tensor:
+    def as_bytes(self, values, name: str) -> np.ndarray:
         """Values of a video as uint8. Only labels can be ignored."""
         values = torch.as_tensor(values).cpu()
         if values.ndim != 3 or values.is_floating_point():
@@ -98,7 +91,7 @@ class SegmentationMetrics:
             low, high = values[wrong].min().item(), values[wrong].max().item()
             raise InputError(f"{name}: {low} ... {high}, but classes are 0 ... "
                              f"{self.num_classes - 1}")
-        return values.to(torch.uint8)
+        return values.to(torch.uint8).numpy()
 
     def start_video(self):
         """Begin a video: nothing of it is known yet."""
@@ -108,13 +101,14 @@ class SegmentationMetrics:
         self.windows: dict[int, list[float | None]] = {n: [] for n in WINDOWS}
                                                             # of the one that ends with each frame
 
-    def add_frame(self, label: Tensor | None, prediction: Tensor | None):
-        """Add a video's next frame, two (H, W) uint8; None, None for one without a label."""
-        if label is None or prediction is None:
+    def add_frame(self, label: np.ndarray | None, prediction: np.ndarray | None):
+        """Add a video's next frame, two (H, W) uint8. Its label can be None."""
+        if label is None:
             self.label = None
             for n in WINDOWS:
                 self.windows[n].append(None)
             return
+        label, prediction = torch.from_numpy(label), torch.from_numpy(prediction)
         pairs = label.int() * (IGNORE + 1) + prediction
         counts = torch.bincount(pairs.flatten(), minlength=(IGNORE + 1) ** 2)
         counts = counts.view(IGNORE + 1, IGNORE + 1)
@@ -204,50 +198,25 @@ class Method(NamedTuple):
     predict: Callable[[Video], Iterator[np.ndarray | None]]
 
 
-def in_background(items: Iterable) -> Iterator:
-    """The items, in order, made in another thread: up to AHEAD of them while one is worked on.
-
-    Errors come out where the item would have. Memory is bounded, and nothing runs on afterwards.
-    """
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1) as thread:
-        waiting = deque(thread.submit(next, iterator, end) for _ in range(AHEAD))
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(thread.submit(next, iterator, end))
-            yield item
-
-
-def network_inputs(video: Video, frame_size: Sequence[int], device: torch.device
-                   ) -> Iterator[tuple[Tensor, tuple]]:
-    """A video's frames as the network takes them, and their own (height, width)."""
-    for image in read_frames(video.frames):
-        x = network_input(image, frame_size)
-        if device.type == "cuda":
-            x = x.pin_memory()          # from there it is copied beside other work
-        yield x, image.size[::-1]
-
-
-def network_outputs(video: Video, model: nn.Module, frame_size: Sequence[int],
-                    amp: str | None) -> Iterator[tuple[Tensor, tuple, tuple]]:
-    """The logits (K, h, w) of a video's frames, the network's input size, and the frame's size."""
-    device = next(model.parameters()).device
-    stream = model.stream() if isinstance(model, MRCFA) else None
-    for x, size in in_background(network_inputs(video, frame_size, device)):
-        x = x.to(device, non_blocking=True)
-        with torch.no_grad(), torch.autocast(device.type, AMP.get(amp), enabled=amp is not None):
-            logits = stream(x) if stream else model(x[None])[0]
-        yield logits.float(), x.shape[-2:], size
+def autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    """The context of --amp: bfloat16 where that is exact enough, or nothing special."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
 
 
 def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
                   amp: str | None = None) -> Iterator[np.ndarray]:
     """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size."""
-    outputs = in_background(network_outputs(video, model, frame_size, amp))
-    for path, (logits, input_size, size) in zip(video.frames, outputs, strict=True):
+    device = next(model.parameters()).device
+    stream = model.stream() if isinstance(model, MRCFA) else None
+    for path, image in zip(video.frames, read_frames(video.frames), strict=True):
+        x = network_input(image, frame_size).to(device)
+        with torch.no_grad(), autocast(device, amp):
+            logits = stream(x) if stream else model(x[None])[0]
         if not logits.sum().isfinite():
-            raise InputError(f"{path}: the network's answer is not finite; its weights are not, or "
-                             "it overflows (--amp fp16)")
-        yield decode_mask(logits, input_size, size).cpu().numpy()
+            raise InputError(f"{path}: the network's answer is not finite; nor are its weights, "
+                             "probably")
+        mask = decode_mask(logits.float(), x.shape[-2:], image.size[::-1])
+        yield mask.cpu().numpy()
 
 
 def saved_masks(video: Video, folder: Path, num_classes: int) -> Iterator[np.ndarray | None]:
@@ -265,26 +234,6 @@ def saved_masks(video: Video, folder: Path, num_classes: int) -> Iterator[np.nda
         yield mask
 
 
-def score_video(video: Video, methods: Sequence[Method], metrics: Sequence[SegmentationMetrics]
-                ) -> Iterator[tuple[int, np.ndarray | None, tuple]]:
-    """Count a video in the metrics -> of each frame its number, its labels or None, and each
-    method's mask."""
-    predictions = zip(*(method.predict(video) for method in methods), strict=True)
-    for t, masks in enumerate(predictions):
-        label = None
-        if video.masks[t]:
-            size = masks[0].shape[::-1]
-            label = np.array(read_labels(video.masks[t], size, metrics[0].num_classes,
-                                         video.first_label))
-        for metric, mask in zip(metrics, masks, strict=True):
-            known = label is not None
-            metric.add_frame(torch.from_numpy(label) if known else None,
-                             torch.from_numpy(mask) if known else None)
-        yield t, label, masks
-    for metric in metrics:
-        metric.end_video()
-
-
 def evaluate(methods: Sequence[Method], videos: Sequence[Video], classes: Sequence[str],
              save: Path | None = None, overlay: Path | None = None,
              pictures: Path | None = None) -> list[SegmentationMetrics]:
@@ -296,7 +245,8 @@ def evaluate(methods: Sequence[Method], videos: Sequence[Video], classes: Sequen
     videos, and all get the same metrics.
     """
     metrics = [SegmentationMetrics(len(classes)) for _ in methods]
-    mine = share_of_videos(videos)
+    longest_first = sorted(range(len(videos)), key=lambda i: -len(videos[i].frames))
+    mine = sorted(longest_first[rank()::world_size()])
     frames = sum(len(videos[i].frames) for i in mine)
     with progress(total=frames, desc="evaluate", unit="frame", disable=rank() > 0) as bar:
         for i in mine:
@@ -304,7 +254,17 @@ def evaluate(methods: Sequence[Method], videos: Sequence[Video], classes: Sequen
             album = None
             if pictures and i < PICTURED_VIDEOS:
                 album = Album(video, [method.name for method in methods], classes)
-            for t, label, masks in in_background(score_video(video, methods, metrics)):
+            predictions = zip(*(method.predict(video) for method in methods), strict=True)
+            for t, masks in enumerate(predictions):
+                label = None
+                if video.masks[t]:
+                    size = masks[0].shape[::-1]
+                    label = np.array(read_labels(video.masks[t], size, len(classes),
+                                                 video.first_label))
+                for metric, mask in zip(metrics, masks, strict=True):
+                    metric.add_frame(label, mask)
+                if album and label is not None:
+                    album.add(t, label, masks)
                 is_reference = video.offsets and label is None      # in Cityscapes' clips
                 for method, mask in zip(methods, masks, strict=True):
                     if mask is None or is_reference:
@@ -314,9 +274,9 @@ def evaluate(methods: Sequence[Method], videos: Sequence[Video], classes: Sequen
                         folder = method.name / folder
                     write_mask(mask, video.frames[t], classes, save and save / folder,
                                overlay and overlay / folder)
-                if album and label is not None:
-                    album.add(t, label, masks)
                 bar.update()
+            for metric in metrics:
+                metric.end_video()
             if album:
                 album.save(pictures / video.name)
     if dist.is_initialized():
@@ -334,89 +294,44 @@ def write_mask(mask: np.ndarray, frame: Path, classes: Sequence[str], save: Path
         write_image(blend(frame, mask, classes), overlay / f"{frame.stem}.jpg", quality=92)
 
 
-def share_of_videos(videos: Sequence[Video]) -> list[int]:
-    """Which videos this process evaluates: the longest first, each goes to whoever has least."""
-    if not dist.is_initialized():
-        return list(range(len(videos)))
-    load = [0] * dist.get_world_size()
-    mine = []
-    for i in sorted(range(len(videos)), key=lambda i: -len(videos[i].frames)):
-        process = load.index(min(load))
-        load[process] += len(videos[i].frames)
-        if process == rank():
-            mine.append(i)
-    return sorted(mine)
-
-
 # ---------------------------------------------------------------------------------- checkpoints
 
 def load_model(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """A checkpoint's model, ready to run as the command line says, and its config.
-
-    InputError where the file is none, or is of another model or class count than the command line
-    says.
-    """
+    """A checkpoint's model, ready to run as the command line says, and its config."""
     if "config" in read_checkpoint(path):
         model, config = load_checkpoint(path)
     elif args.model and args.num_classes:
-        model, config = load_released(path, args.model[-2:])
+        model, config = load_released(path, args.model, args.num_classes)
     else:
         raise InputError(f"{path}: is not train.py's; for a released checkpoint give --model and "
                          "--num-classes")
-    classes = len(config["classes"])
-    if args.model not in (None, config["model"]) or args.num_classes not in (None, classes):
-        raise InputError(f"{path}: is a {config['model']} of {classes} classes, but --model or "
-                         "--num-classes says something else")
-    if classes > MAX_CLASSES:
-        raise InputError(f"{path}: has {classes} classes; masks, of 8 bits, can hold {MAX_CLASSES}")
     if isinstance(model, MRCFA) and args.dilation:
         model.offsets = tuple(args.dilation)
     if args.frame_size:
         config["frame_size"] = args.frame_size
-    if args.compile:
-        compile_parts(model)
     return model.eval().to(args.device), config
 
 
-def load_released(path: Path, variant: str) -> tuple[nn.Module, dict]:
+def load_released(path: Path, name: str, num_classes: int) -> tuple[nn.Module, dict]:
     """A released MRCFA or SegFormer, or the bare weights of one of ours, and a config for it."""
+    kind, variant = name.split("_")
+    stride = 32
     try:
-        state = read_state_dict(path)
+        state = read_weights(path)
+        if kind == "mrcfa":
+            if "value.weight" in state:                 # else `load_strictly` says what is missing
+                stride = 8 * state["value.weight"].shape[-1]
+            model = MRCFA(variant, num_classes, stride)
+        else:
+            embed_dim = len(state.get("head.fuse.weight", ())) or EMBED_DIM
+            model = SegFormer(variant, num_classes, embed_dim)
+        load_strictly(model, state)
     except InputError as error:
         raise naming(path, error) from None
-    if "decode_head.sr1_feat.weight" in state:
-        renamed = rename_official(state)
-    else:
-        renamed = state if "value.weight" in state else rename(state)
-    if "classifier.1.bias" not in renamed:
-        raise InputError(f"{path}: no whole MRCFA or SegFormer in it, which would have a "
-                         f"classifier; it holds {some_keys(state)}")
-    num_classes = len(renamed["classifier.1.bias"])
-    arguments = {"variant": variant, "num_classes": num_classes}
-    stride = 32
-    if "value.weight" in renamed:
-        kind = "mrcfa"
-        stride = 8 * renamed["value.weight"].shape[-1]
-        arguments["reference_stride"] = stride
-    else:
-        kind = "segformer"
-        arguments["embed_dim"] = len(renamed.get("head.fuse.weight", ())) or EMBED_DIM
-    name = f"{kind}_{variant}"
-    model = build_model(name, arguments)
-    load_weights(model, path)
     unnamed = [f"class {k}" for k in range(num_classes)]
     classes = {124: VSPW_CLASSES, 19: CITYSCAPES_CLASSES}.get(num_classes, unnamed)
     frame_size = FRAME_SIZE if stride == 32 else CITYSCAPES_FRAME_SIZE
     return model, {"model": name, "classes": classes, "frame_size": frame_size, "offsets": OFFSETS}
-
-
-def compile_parts(model: nn.Module):
-    """torch.compile whatever runs once a frame."""
-    names = ["forward"]
-    if isinstance(model, MRCFA):
-        names = ["encode", "keys_and_values", "reconstruct"]
-    for name in names:
-        setattr(model, name, torch.compile(getattr(model, name)))
 
 
 # --------------------------------------------------------------------------------- command line
@@ -427,16 +342,16 @@ def parse_args() -> argparse.Namespace:
         description="Evaluate checkpoints or saved masks, segment a folder of frames, or measure "
                     "the speed.", formatter_class=HelpFormatter)
     group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--checkpoint", type=file_path, nargs="+", metavar="FILE",
+    group.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
                        help="train.py's or a released one; or several")
-    group.add_argument("--predictions", type=file_path, nargs="+", metavar="DIR",
+    group.add_argument("--predictions", type=Path, nargs="+", metavar="DIR",
                        help="score the masks DIR/<video>/<frame>.png, pixel = class from 0; or "
                             "several folders")
     group.add_argument("--benchmark", action="store_true",
                        help="measure parameters, operations and time of --variants")
 
     group = parser.add_argument_group("files")
-    group.add_argument("--data", type=file_path, metavar="DIR",
+    group.add_argument("--data", type=Path, metavar="DIR",
                        help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
     group.add_argument("--split", default="val", metavar="NAME",
                        help="evaluate the videos that DIR/NAME.txt lists")
@@ -444,20 +359,19 @@ def parse_args() -> argparse.Namespace:
                        help="sparse: frames may lack masks, as in videos that you label yourself")
     group.add_argument("--first-label", type=int, choices=(0, 1),
                        help="value of the first class in label maps, if not as in training or 1")
-    group.add_argument("--frames", type=file_path, metavar="DIR",
+    group.add_argument("--frames", type=Path, metavar="DIR",
                        help="instead of --data a folder of frames without labels, for --save and "
                             "--overlay")
-    group.add_argument("--save", type=file_path, metavar="DIR",
+    group.add_argument("--save", type=Path, metavar="DIR",
                        help="new folder for the predicted masks, palette PNGs")
-    group.add_argument("--overlay", type=file_path, metavar="DIR",
+    group.add_argument("--overlay", type=Path, metavar="DIR",
                        help="new folder for the masks over their frames, with a legend")
-    group.add_argument("--pictures", type=file_path, metavar="DIR",
-                       help=f"new folder for pictures of the first {PICTURED_VIDEOS} videos, "
-                            "moving and as sheets")
+    group.add_argument("--pictures", type=Path, metavar="DIR",
+                       help=f"new folder for moving pictures of the first {PICTURED_VIDEOS} videos")
     group.add_argument("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
                        help="draw what one pixel of a frame of --data, counted from 0, finds in "
                             "its references, into --pictures")
-    group.add_argument("--json", type=file_path, metavar="FILE", help="new file for the metrics")
+    group.add_argument("--json", type=Path, metavar="FILE", help="new file for the metrics")
     group.add_argument("--per-class", action="store_true", help="print each class's IoU, too")
     group.add_argument("--single-frames", action="store_true",
                        help="evaluate an MRCFA's single frames (its SegFormer), too: a row that "
@@ -495,9 +409,8 @@ def add_device_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("device")
     group.add_argument("--device", choices=devices, default=devices[0],
                        help="where the network runs")
-    group.add_argument("--amp", choices=AMP, help="mixed precision: faster, a little less exact")
-    group.add_argument("--compile", action="store_true",
-                       help="torch.compile the network: pays after some minutes")
+    group.add_argument("--amp", choices=["bf16"],
+                       help="mixed precision: faster, a little less exact")
 
 
 def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
@@ -546,7 +459,7 @@ def run(args: argparse.Namespace):
         return
 
     classes = configs[0]["classes"]
-    offsets = references_of(configs, args.data)
+    offsets = max(tuple(config.get("offsets", ())) for config in configs)
     first_label = args.first_label
     if first_label is None:
         first_label = configs[0].get("first_label", 1)
@@ -566,10 +479,6 @@ def run(args: argparse.Namespace):
     if args.per_class:
         ious = torch.stack([metrics.class_iou() for metrics in results], dim=1)
         print(table(names, list(zip(classes, ious.tolist(), strict=True))))
-    unlabelled = sum(video.masks.count(None) for video in videos if not video.offsets)
-    if unlabelled and (args.save or args.overlay):
-        print(f"all masks are predictions; {unlabelled} of them are of frames without labels, "
-              "which count in no metric")
 
 
 def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]:
@@ -610,16 +519,6 @@ def free_name(name: str, methods: Sequence[Method]) -> str:
     taken = {method.name for method in methods}
     numbered = (f"{name}_{number}" for number in count(2))
     return next(free for free in chain([name], numbered) if free not in taken)
-
-
-def references_of(configs: Sequence[dict], data: Path) -> tuple[int, ...]:
-    """How far back the references of all MRCFAs lie, which Cityscapes' clips are made for."""
-    found = {tuple(config["offsets"]) for config in configs if config.get("offsets")}
-    if len(found) > 1 and is_cityscapes(data):
-        raise InputError(f"{data}: clips of Cityscapes are made for one model's references, but "
-                         f"these lie {sorted(found)} frames back; evaluate one checkpoint at a "
-                         "time, or give one --dilation")
-    return max(found, default=())
 
 
 # ------------------------------------------------------------------------------------- pictures
@@ -671,17 +570,14 @@ def tile(rows: Iterable[Sequence[Image.Image]]) -> Image.Image:
 
 
 class Album:
-    """A video's labelled frames, labels and masks by method, with wrong pixels hatched.
-
-    PATH.webp moves; PATH.png is a sheet of some frames.
-    """
+    """A moving picture of a video's frames, labels and masks by method, wrong pixels hatched."""
 
     def __init__(self, video: Video, names: Sequence[str], classes: Sequence[str]):
         self.video = video
         self.names = names
         self.classes = classes
         labelled = [t for t, mask in enumerate(video.masks) if mask]
-        self.wanted = set(evenly(labelled, PICTURED_FRAMES))
+        self.wanted = set(labelled[::math.ceil(len(labelled) / PICTURED_FRAMES)])
         self.areas = np.zeros(IGNORE + 1, dtype=np.int64)
         self.rows: list[list[Image.Image]] = []             # panels of a frame each
 
@@ -702,29 +598,20 @@ class Album:
         self.rows.append(row)
 
     def save(self, path: Path):
-        """Write PATH.webp and PATH.png, with a legend of all classes beside them."""
+        """Write PATH.webp, with a legend of all classes beside the panels."""
         if not self.rows:
             return
-        moments = [self.with_legend(tile([row])) for row in self.rows]
+        moments = [tile([[*row, self.legend(row[0].height)]]) for row in self.rows]
         write_image(moments[0], path.with_name(f"{path.name}.webp"), save_all=True,
                     append_images=moments[1:], duration=150, loop=0)
-        shown = evenly(self.rows, SHEET_FRAMES)
-        sheet = tile(zip(*shown, strict=True))          # a line of frames, one of labels, ...
-        write_image(self.with_legend(sheet), path.with_name(f"{path.name}.png"))
 
-    def with_legend(self, image: Image.Image) -> Image.Image:
-        """An image, and beside it the names of all classes on their colours."""
+    def legend(self, height: int) -> Image.Image:
+        """The names of all classes on their colours."""
         present = np.count_nonzero(self.areas[:len(self.classes)])
-        columns = math.ceil(present / (image.height // 16))     # a row has 16 pixels
-        legend = Image.new("RGB", (max(1, columns) * LEGEND, image.height), "white")
+        columns = math.ceil(present / (height // 16))           # a row has 16 pixels
+        legend = Image.new("RGB", (max(1, columns) * LEGEND, height), "white")
         draw_legend(legend, self.areas, self.classes)
-        return tile([[image, legend]])
-
-
-def evenly(items: Sequence, count: int) -> list:
-    """Up to `count` of the items, at even distances."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items)))
-    return [items[i] for i in places.round().astype(int)]
+        return legend
 
 
 # ---------------------------------------------------------------------------- one pixel explained
@@ -853,7 +740,7 @@ def benchmark(args: argparse.Namespace):
     if args.device.type == "cuda":
         hardware = torch.cuda.get_device_name(args.device)
     print(f"{args.size[0]}x{args.size[1]}, {num_classes} classes, {args.amp or 'float32'}"
-          f"{', compiled' if args.compile else ''}, {hardware}\n")
+          f", {hardware}\n")
     print("| | M params | GFLOPs | ms | FPS | / SegFormer | paper's |")
     print("|---|" + "---:|" * 6)
     for variant in args.variants:
@@ -874,15 +761,12 @@ def benchmark_variant(variant: str, model: MRCFA, args: argparse.Namespace) -> l
              "MRCFA by clips": lambda: model(clip)[0],
              "MRCFA streaming": lambda: stream(frame)}
     gflops = {name: count_gflops(work) for name, work in works.items()}
-    if args.compile:
-        compile_parts(model)
-        compile_parts(model.segformer)
     times = {name: [] for name in works}
-    for _ in range(ROUNDS):
-        for name, work in works.items():
-            with torch.autocast(device.type, AMP.get(args.amp), enabled=args.amp is not None):
-                work()                                      # warms up
-                times[name].append(seconds(work, device))
+    with autocast(device, args.amp):
+        for _ in range(ROUNDS):
+            for name, work in works.items():
+                timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+                times[name].append(timer.timeit(1).mean)
 
     rows = []
     for name in works:
@@ -905,16 +789,6 @@ def count_gflops(work: Callable[[], object]) -> float:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # plain products
         work()
     return counter.get_total_flops() / 1e9
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long some work takes."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

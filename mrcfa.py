@@ -456,16 +456,14 @@ def build_model(name: str, arguments: dict) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path):
-    """Start from the weights in a file: a released MRCFA's, those of a SegFormer or its encoder, or
-    those of another training, told apart by their keys.
+    """Start from the weights in a file: of a released MRCFA, of a SegFormer or its encoder, or of
+    another training.
 
     Classifiers of other classes keep their initialisation, and a line on stderr says so. Raises
     ValueError, with the path, if anything else is wrong.
     """
     try:
-        state = read_state_dict(path)
-        if "decode_head.sr1_feat.weight" in state:
-            state = rename_official(state)
+        state = read_weights(path)
         if "value.weight" not in state:                 # which every MRCFA has
             load_pretrained(model, state)
             return
@@ -493,11 +491,16 @@ def naming(path, error: InputError) -> InputError:
 
 def load_official(model: MRCFA, source):
     """Load a released MRCFA checkpoint, a path or a state dict. ValueError unless all keys fit."""
-    load_strictly(model, rename_official(read_state_dict(source)))
+    load_strictly(model, read_weights(source))
 
 
-def rename_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a released MRCFA under our keys."""
+def read_weights(source) -> dict[str, Tensor]:
+    """The weights in a checkpoint, a path or a dict, under the keys of our MRCFA or SegFormer."""
+    state = read_state_dict(source)
+    if "value.weight" in state:
+        return state                                    # of an MRCFA of ours
+    if "decode_head.sr1_feat.weight" not in state:
+        return rename(state)                            # of a SegFormer
     numbers = re.findall(r"decode_head\.deco(\d+)\.", " ".join(state))
     classifiers = max(map(int, numbers), default=0)
     ours, segformer = {}, {}

@@ -326,9 +326,6 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[s
     missing, unexpected or of another shape.
     """
     own = module.state_dict()
-    theirs, ours = variant_of(state), variant_of(own)
-    if theirs and ours and theirs != ours:
-        raise InputError(f"holds the weights of a MiT-{theirs}, this model is built on MiT-{ours}")
     wrong = []
     for key in own:
         if key not in state and not key.startswith(may_miss):
@@ -342,20 +339,6 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[s
         raise InputError(f"{len(wrong)} weights don't fit this {type(module).__name__}: "
                          + ", ".join(wrong))
     module.load_state_dict(state, strict=False)
-
-
-def variant_of(state: dict[str, Tensor]) -> str | None:
-    """The MiT variant in a state dict of our naming, by widths and depths. None if it has none."""
-    widths, depths = {}, {}
-    for key, value in state.items():
-        if match := re.search(r"stages\.(\d)\.embed\.bias$", key):
-            widths[match[1]] = len(value)
-        if match := re.search(r"stages\.(\d)\.blocks\.\d+\.norm1\.bias$", key):
-            depths[match[1]] = depths.get(match[1], 0) + 1
-    for variant, (channels, numbers) in MIT_VARIANTS.items():
-        if tuple(widths.values()) == channels and tuple(depths.values()) == numbers:
-            return variant
-    return None
 
 
 def read_checkpoint(path) -> dict:
@@ -400,51 +383,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_state_dict(source) -> dict[str, Tensor]:
-    """The weights in a checkpoint, a path or a dict, wherever they lie in it; else ValueError.
+    """The weights in a checkpoint, a path or a dict, where "state_dict" or "model" may hold them.
 
-    A prefix that wrappers like DataParallel, Lightning or torch.compile put before every key is
-    removed.
+    What DataParallel, Lightning or torch.compile put before each key is removed. Raises ValueError
+    where there are no weights.
     """
     content = source if isinstance(source, dict) else read_checkpoint(source)
-    found = find_state_dicts(content)
-    names = ", ".join(repr(name) for name in found)
-    for usual in ("state_dict", "model"):
-        if usual in found:
-            found = {usual: found[usual]}
-    if not found:
-        raise InputError("there is no state dict in it (weights by name); it holds "
-                         + some_keys(content))
-    if len(found) > 1:
-        raise InputError(f"there are several state dicts in it ({names}); save the one you mean by "
-                         "itself")
-    return without_wrappers(*found.values())
-
-
-def find_state_dicts(content: dict, name: str = "") -> dict[str, dict]:
-    """All state dicts in nested dicts, by the names that lead there: {"ema.model": {...}}."""
-    tensors = content and all(isinstance(value, Tensor) for value in content.values())
-    if tensors and any(str(key).endswith(".weight") for key in content):
-        return {name: content}
-    found = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            found |= find_state_dicts(value, f"{name}.{key}".lstrip("."))
-    return found
-
-
-# What keys of the namings below begin with. Anything that all keys have before that is a wrapper's.
-ROOTS = re.compile(r"(backbone|decode_head|segformer|encoder|head|classifier|stages|layers|block|"
-                   r"patch_embed|norm|query|key|value|reduce|aggregation|auxiliary)")
-
-
-def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights without the `module.`, `model.`, `_orig_mod.` ... that wrappers put before keys."""
-    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
-    while True:
-        first = {key.partition(".")[0] for key in state}
-        if len(first) > 1 or ROOTS.match(*first) or not all("." in key for key in state):
-            return state
-        state = {key.partition(".")[2]: value for key, value in state.items()}
+    for name in ("state_dict", "model"):
+        if isinstance(content.get(name), dict):
+            content = content[name]
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"there is no state dict in it (weights by name); it holds "
+                         f"{some_keys(content)}")
+    return {re.sub(r"^(module\.|model\.)+|_orig_mod\.", "", k): v for k, v in content.items()}
 
 
 def some_keys(content: dict) -> str:

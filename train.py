@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch._functorch.config
 import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
@@ -32,11 +31,11 @@ from tqdm import tqdm
 
 from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, SYNTHETIC_SIZE, VSPW_CLASSES, ArgumentParser,
                   ClipDataset, HelpFormatter, Video, check_labels, check_same_classes,
-                  download_pretrained, file_path, join_processes, positive, progress, rank,
-                  read_classes, read_split, refuse_to_overwrite, run_script, write_synthetic,
+                  download_pretrained, join_processes, positive, progress, rank, read_classes,
+                  read_split, refuse_to_overwrite, run_script, world_size, write_synthetic,
                   write_whole)
-from eval import (AMP, MODELS, Method, add_device_arguments, evaluate, metrics_table, segment_video,
-                  without_nan)
+from eval import (MODELS, Method, add_device_arguments, autocast, evaluate, metrics_table,
+                  segment_video, without_nan)
 from mrcfa import MRCFA, OFFSETS, build_model, load_weights, model_arguments, mrcfa_loss
 from segformer import STRIDE, InputError, load_strictly, read_checkpoint, segmentation_loss
 
@@ -77,9 +76,10 @@ RECIPES = {
     },
 }
 SYNTHETIC = Path("data/synthetic")
-BETAS = (0.9, 0.999)            # of AdamW
+BETAS = (0.9, 0.999)            # of AdamW,
+WEIGHT_DECAY = 0.01             # but 0 for the encoder's LayerNorms
+LOG_EVERY = 50                  # iterations that a line of log.jsonl averages
 WARMUP_START = 1e-6             # the share of the learning rate that the warm-up begins with
-MAX_SKIPS = 20                  # iterations in a row whose gradient overflows float16
 PLACE = ("out", "resume", "device")     # arguments that a checkpoint's `config` leaves out
 PROGRESS = ("iteration", "evaluated", "best", "losses", "lines")    # of a Run, in checkpoints
 # Arguments that can't change when a run goes on.
@@ -102,22 +102,16 @@ def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
     """AdamW's groups: the encoder, its LayerNorms without decay, and all else at `head_lr` times
     the rate."""
     encoder = getattr(model, "segformer", model).encoder
-    norms = set()
+    norms, others = [], []
     for module in encoder.modules():
-        if isinstance(module, nn.LayerNorm):
-            norms |= set(module.parameters())
-    inside = set(encoder.parameters())
-    groups = [{"params": [], "base_lr": args.lr, "weight_decay": args.weight_decay},
-              {"params": [], "base_lr": args.lr, "weight_decay": 0.0},
-              {"params": [], "base_lr": args.lr * args.head_lr, "weight_decay": args.weight_decay}]
-    for parameter in model.parameters():
-        if parameter in norms:
-            groups[1]["params"].append(parameter)
-        elif parameter in inside:
-            groups[0]["params"].append(parameter)
-        else:
-            groups[2]["params"].append(parameter)
-    return groups
+        group = norms if isinstance(module, nn.LayerNorm) else others
+        group += module.parameters(recurse=False)
+    inside = {*norms, *others}
+    outside = [parameter for parameter in model.parameters() if parameter not in inside]
+    head_lr = args.lr * args.head_lr
+    return [{"params": others, "base_lr": args.lr, "weight_decay": WEIGHT_DECAY},
+            {"params": norms, "base_lr": args.lr, "weight_decay": 0.0},
+            {"params": outside, "base_lr": head_lr, "weight_decay": WEIGHT_DECAY}]
 
 
 def lr_factor(i: int, iters: int, warmup: int) -> float:
@@ -152,17 +146,15 @@ class Run:
         self.args = args
         self.model = model
         self.clips = clips
-        self.processes = dist.get_world_size() if dist.is_initialized() else 1
+        self.processes = world_size()
         self.share = args.batch_size // (self.processes * args.accumulate)  # clips at a time
         self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=BETAS,
                                            fused=args.device.type == "cuda")
-        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
         self.iteration = 0
         self.evaluated = 0                  # the iteration of the last evaluation
         self.best = -1.0                    # mIoU
         self.losses: list[float] = []       # since the log's last line
         self.lines: list[str] = []          # of the log
-        self.skips = 0                      # iterations without a step, the last ones in a row
         self.waited = 0.0                   # seconds for clips, since the log's last line
         self.logged = time.perf_counter()   # when that was written
         self.signal = 0                     # that told the run to stop
@@ -174,9 +166,6 @@ class Run:
         """Train from the current iteration to the last one."""
         args = self.args
         self.in_training_mode()
-        if args.compile:        # in backward, too, autocast stays off where the model says so
-            torch._functorch.config.backward_pass_autocast = "off"
-            self.model.compile()
         samples = self.samples(self.iteration, args.iters)
         batches = iter(DataLoader(self.clips, self.share, sampler=samples,
                                   num_workers=args.workers, worker_init_fn=leave_signals,
@@ -193,7 +182,7 @@ class Run:
                 bar.set_postfix(loss=f"{np.mean(self.losses):.3f}", lr=f"{lr:.1e}", refresh=False)
                 bar.update()
                 due = self.evaluation_is_due()
-                if self.iteration % args.log_every == 0 or self.iteration == args.iters:
+                if self.iteration % LOG_EVERY == 0 or self.iteration == args.iters:
                     self.log_training(lr, norm, bar.format_dict["rate"])
                 if due or stop or self.iteration % args.save_every == 0:
                     self.save("last.pt")
@@ -217,9 +206,9 @@ class Run:
             images, labels = (x.to(args.device, non_blocking=True) for x in next(batches))
             self.waited += time.perf_counter() - start
             self.seed_dropout(i)
-            with torch.autocast(args.device.type, AMP.get(args.amp), enabled=args.amp is not None):
+            with autocast(args.device, args.amp):
                 loss = loss_of(self.model, images, labels) / args.accumulate
-            self.scaler.scale(loss).backward()
+            loss.backward()
             total += loss.detach()
 
         # The mean over all processes, in one vector: so it is always summed in the same order.
@@ -229,30 +218,20 @@ class Run:
             vector = parameters_to_vector([*gradients, status])
             dist.all_reduce(vector)
             vector_to_parameters(vector / self.processes, [*gradients, status])
-        self.scaler.unscale_(self.optimizer)
         norm = get_total_norm(gradients)
         # The one copy from the device in an iteration:
         loss, stop, norm = torch.cat([status, norm[None]]).tolist()
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.scaler.step(self.optimizer)
-            self.skips = 0
-        else:                               # before it spoils the weights
-            self.skip(loss, norm)
-        self.scaler.update()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self.refuse_step(loss, norm)
+        self.optimizer.step()
         return loss, norm, stop > 0
 
-    def skip(self, loss: float, norm: float):
-        """Leave out a step whose loss or gradient isn't finite, and end the run.
-
-        It goes on after a gradient that overflows float16: the scaler of the loss mends that.
-        """
-        self.skips += 1
-        if self.args.amp == "fp16" and math.isfinite(loss) and self.skips < MAX_SKIPS:
-            return
+    def refuse_step(self, loss: float, norm: float):
+        """End the run before a loss or gradient that isn't finite spoils the weights."""
+        first = self.iteration * self.args.batch_size
+        clips = [self.clips.choose(i)[0] for i in range(first, first + self.args.batch_size)]
+        targets = ", ".join(str(clip.frames[-1]) for clip in clips)
         if rank() == 0:
-            first = self.iteration * self.args.batch_size
-            clips = [self.clips.choose(i)[0] for i in range(first, first + self.args.batch_size)]
-            targets = ", ".join(str(clip.frames[-1]) for clip in clips)
             print(f"\nstopped: the loss of iteration {self.iteration} is {loss}, the norm of its "
                   f"gradient {norm}, of the clips that end with {targets}; "
                   f"{self.args.out / 'last.pt'} is from before it", file=sys.stderr)
@@ -330,47 +309,32 @@ class Run:
             if key not in PLACE:
                 config[key] = str(value) if isinstance(value, Path) else value
         content = {"model": self.model.state_dict(), "config": config,
-                   "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                   "made_with": self.made_with()}
+                   "optimizer": self.optimizer.state_dict()}
         for key in PROGRESS:
             content[key] = getattr(self, key)
         buffer = io.BytesIO()
         torch.save(content, buffer)
         write_whole(self.args.out / name, buffer.getbuffer(), durable=True)
 
-    def made_with(self) -> dict:
-        """What the last bits of the weights depend on, besides seed and flags."""
-        return {"torch": str(torch.__version__), "processes": self.processes,
-                "threads": torch.get_num_threads(), "device": self.args.device.type}
-
     def resume(self, checkpoint: dict):
         """Take over the state of last.pt, and forget what the log says of later iterations."""
         load_strictly(self.model, checkpoint["model"])
         groups = checkpoint["optimizer"]["param_groups"]
         for group, own in zip(groups, self.optimizer.param_groups, strict=True):
-            for key in ("base_lr", "weight_decay", "fused"):    # flags may have changed them
-                group[key] = own[key]
+            group["base_lr"], group["fused"] = own["base_lr"], own["fused"]     # may have changed
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:                            # there is nothing in it without fp16
-            self.scaler.load_state_dict(checkpoint["scaler"])
         for key in PROGRESS:
             setattr(self, key, checkpoint[key])
         if rank() > 0:
             return
         write_whole(self.args.out / "log.jsonl", "".join(self.lines).encode())
         print(f"going on at iteration {self.iteration} of {self.args.iters}", file=sys.stderr)
-        before, now = checkpoint["made_with"], self.made_with()
-        changes = [f"{before[key]} {key}, now {now[key]}" for key in now if before[key] != now[key]]
-        if changes:
-            print(f"warning: the run was begun with {'; '.join(changes)}: it goes on with the same "
-                  "clips, but not bit for bit", file=sys.stderr)
 
     def log_training(self, lr: float, norm: float, speed: float | None):
         """Add a line on the iterations since the last one to log.jsonl."""
         now = time.perf_counter()
         values = {"loss": float(np.mean(self.losses)), "lr": lr,
-                  "gradient_norm": norm if math.isfinite(norm) else None,
-                  "iterations_per_second": speed,
+                  "gradient_norm": norm, "iterations_per_second": speed,
                   "waited_for_clips": self.waited / (now - self.logged)}    # a share of the time
         if self.args.device.type == "cuda":
             values["peak_MB"] = torch.cuda.max_memory_allocated() / 1e6
@@ -404,20 +368,9 @@ class Run:
     def leave(self, how: str):
         """End the process, and say how to go on."""
         if rank() == 0:
-            print(f"\n{how} at iteration {self.iteration}; to go on: "
-                  f"{resume_command(self.args.out)}", file=sys.stderr)
+            print(f"\n{how} at iteration {self.iteration}; to go on: train.py --resume --out "
+                  f"{shlex.quote(str(self.args.out))}", file=sys.stderr)
         sys.exit(128 + (self.signal or signal.SIGTERM))
-
-
-def resume_command(out: Path) -> str:
-    """The command that continues a run, to paste."""
-    launcher = "python"
-    if dist.is_initialized():
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        launcher = f"torchrun --nproc_per_node {local}"
-        if dist.get_world_size() > local:
-            launcher += f" --nnodes {dist.get_world_size() // local} ..."
-    return f"{launcher} train.py --resume --out {shlex.quote(str(out))}"
 
 
 # --------------------------------------------------------------------------------- command line
@@ -434,13 +387,13 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--dataset", choices=RECIPES,
                        help="data set, which picks the recipe: folder if there is --data, else "
                             "synthetic")
-    group.add_argument("--data", type=file_path, metavar="DIR",
+    group.add_argument("--data", type=Path, metavar="DIR",
                        help=f"data folder; the synthetic videos are made in {SYNTHETIC} by default")
     group.add_argument("--labels", choices=("dense", "sparse"), default="dense",
                        help="sparse: frames may lack masks, as in videos that you label yourself")
     group.add_argument("--first-label", type=int, choices=(0, 1), default=1,
                        help="value of the first class in label maps; with 1, 0 is ignored")
-    group.add_argument("--out", type=file_path, metavar="DIR",
+    group.add_argument("--out", type=Path, metavar="DIR",
                        help="folder of this run, by default runs/MODEL; an existing one is only "
                             "ever continued")
     group.add_argument("--resume", action="store_true",
@@ -453,8 +406,6 @@ def make_parser() -> ArgumentParser:
                        help="seed of initialisation, clips and dropout; several show the spread")
     group.add_argument("--workers", type=int, default=2, metavar="N",
                        help="processes that load clips: more if the network waits for them")
-    group.add_argument("--log-every", type=positive, default=50, metavar="N",
-                       help="iterations to average into a line of log.jsonl")
     group.add_argument("--save-every", type=positive, default=500, metavar="N",
                        help="iterations between checkpoints: what a crash costs at most")
     group.add_argument("--eval-every", type=int, metavar="N",
@@ -494,8 +445,6 @@ def add_optimiser_arguments(parser: ArgumentParser):
     group.add_argument("--lr", type=float, help="learning rate of the encoder; higher from scratch")
     group.add_argument("--head-lr", type=float, metavar="FACTOR",
                        help="learning-rate multiplier for all other layers; 1 from scratch")
-    group.add_argument("--weight-decay", type=float, default=0.01,
-                       help="weight decay, of all but the encoder's LayerNorms")
     group.add_argument("--warmup", type=int, metavar="N",
                        help="iterations over which the rate rises, by default as in the recipe "
                             "but at most a tenth of the training")
@@ -528,7 +477,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     parser.set_defaults(**RECIPES["synthetic"])     # for --help
     args = parser.parse_args()
     last = (args.out or Path("runs") / args.model) / "last.pt"
-    checkpoint = read_run(last) if args.resume and last.exists() else None
+    checkpoint = read_checkpoint(last) if args.resume and last.exists() else None
     if checkpoint:
         defaults = checkpoint["config"]
     else:
@@ -547,15 +496,6 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     if checkpoint:
         check_resumption(args, checkpoint)
     return args, checkpoint
-
-
-def read_run(path: Path) -> dict:
-    """The checkpoint of a run, to resume it."""
-    checkpoint = read_checkpoint(path)
-    whole = {"config", "optimizer", "scaler", "made_with", *PROGRESS} <= checkpoint.keys()
-    if not whole or "iters" not in checkpoint["config"]:
-        raise InputError(f"{path} is of no run, or of an earlier version; use it as --pretrained")
-    return checkpoint
 
 
 def check_resumption(args: argparse.Namespace, checkpoint: dict):
@@ -582,7 +522,7 @@ def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
         parser.error(f"--scale-range {low} {high}: must rise, within 0.1 ... 10")
     if args.keep_ratio is not None and not 0 < args.keep_ratio <= 1:
         parser.error(f"--keep-ratio: keep_ratio must lie in (0, 1], not {args.keep_ratio}")
-    for name in ("seed", "workers", "lr", "head_lr", "weight_decay", "warmup", "eval_every"):
+    for name in ("seed", "workers", "lr", "head_lr", "warmup", "eval_every"):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: must be 0 or more")
@@ -593,14 +533,9 @@ def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
 
 def check_batch_size(args: argparse.Namespace):
     """InputError where the clips of an iteration can't be shared evenly."""
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    parts = processes * args.accumulate
-    if args.batch_size % parts:
-        lower = args.batch_size // parts * parts
-        nearest = f"{lower} or {lower + parts}" if lower else str(parts)
-        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {parts} "
-                         f"({processes} processes x --accumulate {args.accumulate}), like "
-                         f"{nearest}")
+    if args.batch_size % (world_size() * args.accumulate):
+        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {world_size()} "
+                         f"processes x --accumulate {args.accumulate}")
 
 
 # ----------------------------------------------------------------------------------------- a run
@@ -611,8 +546,7 @@ def main():
     join_processes(args)
     check_batch_size(args)
     if not checkpoint:
-        instead = f"go on with that run ({resume_command(args.out)}) or name another folder (--out)"
-        refuse_to_overwrite(args.out, instead)
+        refuse_to_overwrite(args.out, "continue that run (--resume) or name another folder (--out)")
     clips, val = prepare_data(args, checkpoint)
     run = Run(args, prepare_model(args, checkpoint), clips)
     if checkpoint:
@@ -688,23 +622,18 @@ def prepare_model(args: argparse.Namespace, checkpoint: dict | None) -> nn.Modul
 def what_runs(run: Run, val: list[Video]) -> str:
     """A line that says what is trained, how and on what."""
     args, clips = run.args, run.clips
-    device = f"CPU with {torch.get_num_threads()} threads"
-    if args.device.type != "cpu":
-        device = str(args.device)
+    device = str(args.device)
     if args.device.type == "cuda":
         device = torch.cuda.get_device_name(args.device)
     elif torch.version.cuda and not torch.cuda.is_available():
         device += " (this PyTorch is built for CUDA, but finds no GPU)"
-    parameters = list(run.model.parameters())
-    total = sum(p.numel() for p in parameters) / 1e6
-    trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
     targets = sum(len(targets) for directions in clips.directions for _, targets in directions)
     left_out = f" ({clips.too_short} are too short for --dilation)" if clips.too_short else ""
-    return (f"{args.model} with {total:.1f} M parameters, {trained:.1f} M of them trained; "
-            f"{run.processes} x {device}, {args.amp or 'float32'}; {args.iters} iterations of "
-            f"{args.batch_size} clips, {run.share} at a time in each process; "
-            f"training videos: {len(clips.videos)}{left_out} with {targets} possible clips; "
-            f"validation videos: {len(val)}")
+    return (f"{args.model}, training {trained:.1f} M parameters on {run.processes} x {device} in "
+            f"{args.amp or 'float32'}: {args.iters} iterations of {args.batch_size} clips, "
+            f"{run.share} at a time in each process; training videos: {len(clips.videos)}{left_out}"
+            f" with {targets} possible clips; validation videos: {len(val)}")
 
 
 if __name__ == "__main__":
