@@ -1064,9 +1064,8 @@ def test_cityscapes_clips_follow_the_frames_numbers(tmp_path):
 
 # -------------------------------------------------------------------------------------- the scripts
 
-training.LOG_EVERY = 1      # here and in processes that a test starts
 SMALL = ["--crop", 64, 64, "--frame-size", 96, 64, "--batch-size", 2, "--dilation", 3, 2, 1,
-         "--warmup", 1, "--workers", 0, "--eval-every", 0]
+         "--warmup", 1, "--workers", 0, "--log-every", 1, "--eval-every", 0]
 
 
 @pytest.fixture
@@ -1258,10 +1257,10 @@ def run_broken(run, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_training_ends_where_an_unbroken_one_does(workers, videos, tmp_path, run,
-                                                          run_broken, monkeypatch):
-    monkeypatch.setattr(training, "LOG_EVERY", 3)
+                                                          run_broken):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    args = ["--data", videos, "--iters", 4, "--save-every", 2, *SMALL, "--workers", workers]
+    args = ["--data", videos, "--iters", 4, "--save-every", 2, *SMALL, "--workers", workers,
+            "--log-every", 3]
     assert run(training, *args, "--out", whole) == 0
     run_broken(*args, "--out", broken)
     assert saved(broken)["iteration"] == 2

@@ -78,7 +78,6 @@ RECIPES = {
 SYNTHETIC = Path("data/synthetic")
 BETAS = (0.9, 0.999)            # of AdamW,
 WEIGHT_DECAY = 0.01             # but 0 for the encoder's LayerNorms
-LOG_EVERY = 50                  # iterations that a line of log.jsonl averages
 WARMUP_START = 1e-6             # the share of the learning rate that the warm-up begins with
 PLACE = ("out", "resume", "device")     # arguments that a checkpoint's `config` leaves out
 PROGRESS = ("iteration", "evaluated", "best", "losses", "lines")    # of a Run, in checkpoints
@@ -175,14 +174,20 @@ class Run:
         with progress(total=args.iters, initial=self.iteration, desc=args.model, unit="it",
                       disable=rank() > 0) as bar:
             while self.iteration < args.iters:
-                loss, norm, stop = self.step(batches)
-                self.losses.append(loss)
+                self.set_learning_rate()
+                loss = self.take_gradient(batches)
+                loss, norm, stop = self.average_over_processes(loss)
+                if not math.isfinite(loss) or not math.isfinite(norm):
+                    self.refuse_step(loss, norm)
+                self.optimizer.step()
+
                 self.iteration += 1
+                self.losses.append(loss)
                 lr = self.optimizer.param_groups[0]["lr"]
                 bar.set_postfix(loss=f"{np.mean(self.losses):.3f}", lr=f"{lr:.1e}", refresh=False)
                 bar.update()
                 due = self.evaluation_is_due()
-                if self.iteration % LOG_EVERY == 0 or self.iteration == args.iters:
+                if self.iteration % args.log_every == 0 or self.iteration == args.iters:
                     self.log_training(lr, norm, bar.format_dict["rate"])
                 if due or stop or self.iteration % args.save_every == 0:
                     self.save("last.pt")
@@ -193,12 +198,15 @@ class Run:
                 if due:
                     self.evaluate(val)
 
-    def step(self, batches) -> tuple[float, float, bool]:
-        """One iteration -> its loss, the norm of its gradient, and whether to stop after it."""
-        args = self.args
-        factor = lr_factor(self.iteration, args.iters, args.warmup)
+    def set_learning_rate(self):
+        """Give all parameters the learning rate of the iteration."""
+        factor = lr_factor(self.iteration, self.args.iters, self.args.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+
+    def take_gradient(self, batches) -> torch.Tensor:
+        """Load this process's share of the clips -> their mean loss, and its gradient."""
+        args = self.args
         self.optimizer.zero_grad()
         total = torch.zeros((), device=args.device)
         for i in range(args.accumulate):
@@ -210,20 +218,20 @@ class Run:
                 loss = loss_of(self.model, images, labels) / args.accumulate
             loss.backward()
             total += loss.detach()
+        return total
 
-        # The mean over all processes, in one vector: so it is always summed in the same order.
+    def average_over_processes(self, loss: torch.Tensor) -> tuple[float, float, bool]:
+        """Average the gradient over all processes -> the mean loss, the norm of its gradient, and
+        whether one of them was told to stop."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        status = torch.stack([total, torch.full_like(total, self.signal > 0)])
-        if self.processes > 1:
+        status = torch.stack([loss, torch.full_like(loss, self.signal > 0)])
+        if self.processes > 1:      # in one vector: so it is always summed in the same order
             vector = parameters_to_vector([*gradients, status])
             dist.all_reduce(vector)
             vector_to_parameters(vector / self.processes, [*gradients, status])
         norm = get_total_norm(gradients)
         # The one copy from the device in an iteration:
         loss, stop, norm = torch.cat([status, norm[None]]).tolist()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            self.refuse_step(loss, norm)
-        self.optimizer.step()
         return loss, norm, stop > 0
 
     def refuse_step(self, loss: float, norm: float):
@@ -406,6 +414,8 @@ def make_parser() -> ArgumentParser:
                        help="seed of initialisation, clips and dropout; several show the spread")
     group.add_argument("--workers", type=int, default=2, metavar="N",
                        help="processes that load clips: more if the network waits for them")
+    group.add_argument("--log-every", type=positive, default=50, metavar="N",
+                       help="iterations to average into a line of log.jsonl")
     group.add_argument("--save-every", type=positive, default=500, metavar="N",
                        help="iterations between checkpoints: what a crash costs at most")
     group.add_argument("--eval-every", type=int, metavar="N",
