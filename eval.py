@@ -36,7 +36,7 @@ from segformer import EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_stric
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
 WINDOWS = (8, 16)               # n of the video consistencies mVC_n, in frames
 PICTURED_VIDEOS = 3             # of which there are pictures,
-PICTURED_FRAMES = 100           # of up to so many labelled frames of each
+PICTURED_FRAMES = 100           # of the first labelled frames of each
 PANEL = 200                     # the long side of a picture's panels, in pixels,
 LEGEND = 204                    # and the width of its legend's columns
 PAPER_FPS = {                   # SegFormer's and MRCFA's
@@ -278,7 +278,7 @@ def evaluate(methods: Sequence[Method], videos: Sequence[Video], classes: Sequen
             for metric in metrics:
                 metric.end_video()
             if album:
-                album.save(pictures / video.name)
+                album.save(pictures / f"{video.name}.webp")
     if dist.is_initialized():
         for metric in metrics:
             metric.gather()
@@ -576,14 +576,12 @@ class Album:
         self.video = video
         self.names = names
         self.classes = classes
-        labelled = [t for t, mask in enumerate(video.masks) if mask]
-        self.wanted = set(labelled[::math.ceil(len(labelled) / PICTURED_FRAMES)])
         self.areas = np.zeros(IGNORE + 1, dtype=np.int64)
         self.rows: list[list[Image.Image]] = []             # panels of a frame each
 
     def add(self, t: int, label: np.ndarray, masks: Sequence[np.ndarray]):
-        """Draw the panels of frame t."""
-        if t not in self.wanted:
+        """Draw the panels of frame t, unless there are enough."""
+        if len(self.rows) == PICTURED_FRAMES:
             return
         y, x = np.indices(label.shape)
         stripes = (x + y) % max(2, len(label) // 16) < max(1, len(label) // 64)
@@ -598,20 +596,16 @@ class Album:
         self.rows.append(row)
 
     def save(self, path: Path):
-        """Write PATH.webp, with a legend of all classes beside the panels."""
+        """Write the picture, with the names of all classes on their colours beside the panels."""
         if not self.rows:
             return
-        moments = [tile([[*row, self.legend(row[0].height)]]) for row in self.rows]
-        write_image(moments[0], path.with_name(f"{path.name}.webp"), save_all=True,
-                    append_images=moments[1:], duration=150, loop=0)
-
-    def legend(self, height: int) -> Image.Image:
-        """The names of all classes on their colours."""
+        height = self.rows[0][0].height
         present = np.count_nonzero(self.areas[:len(self.classes)])
-        columns = math.ceil(present / (height // 16))           # a row has 16 pixels
+        columns = math.ceil(present / (height // 16))       # a name has 16 pixels
         legend = Image.new("RGB", (max(1, columns) * LEGEND, height), "white")
         draw_legend(legend, self.areas, self.classes)
-        return legend
+        first, *others = [tile([[*row, legend]]) for row in self.rows]
+        write_image(first, path, save_all=True, append_images=others, duration=150, loop=0)
 
 
 # ---------------------------------------------------------------------------- one pixel explained
