@@ -602,9 +602,9 @@ def write_synthetic(root: Path, seed: int = 0):
     """Make the data set of synthetic videos in the VSPW layout: all of it, or nothing.
 
     Coloured objects move before a moving background; an object's texture is its class. In bursts of
-    three frames the picture is out of focus, and dark, noisy or the like as well: it still shows
-    where the objects are and of what colour, but not *what* they are. That can be seen 3, 6 and 9
-    frames earlier. So other frames are all that helps, and a method must find the same object in
+    three frames textures are gone, and the picture is dark, noisy or the like: it still shows where
+    the objects are and of what colour, but not *what* they are. That can be seen 3, 6 and 9 frames
+    earlier. So other frames are all that helps, and a method must find the same object in
     them, by its colour.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -702,7 +702,7 @@ def texture(k: int, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
 
 
 def spoil(picture: np.ndarray, moment: str, rng: np.random.Generator):
-    """Do to an out-of-focus picture (Y, Cb, Cr) what else happens in a bad moment of that kind."""
+    """Do to a picture (Y, Cb, Cr) without textures what else happens in a bad moment."""
     height, width = picture.shape[1:]
     if moment == "dark":
         picture[0] *= 0.5

@@ -26,10 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, PALETTE,
                   VSPW_CLASSES, WRONG, ArgumentParser, HelpFormatter, Video, check_labels,
-                  check_same_classes, coloured, decode_mask, fit, join_processes, list_frames,
-                  network_input, positive, progress, rank, read_classes, read_frame, read_frames,
-                  read_index_map, read_labels, read_split, refuse_to_overwrite, run_script,
-                  world_size, write_image, write_whole)
+                  check_same_classes, coloured, decode_mask, fit, is_cityscapes, join_processes,
+                  list_frames, network_input, positive, progress, rank, read_classes, read_frame,
+                  read_frames, read_index_map, read_labels, read_split, refuse_to_overwrite,
+                  run_script, world_size, write_image, write_whole)
 from mrcfa import (MRCFA, OFFSETS, load_checkpoint, naming, read_weights, reference_indices)
 from segformer import EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_strictly, read_checkpoint
 
@@ -51,8 +51,10 @@ ROUNDS = 5                      # of the benchmark
 # ------------------------------------------------------------------------------------- metrics
 
 class SegmentationMetrics:
-    """IoUs and temporal consistencies (mVC) over whole videos: classes are 0 ... K-1, 255 is
-    ignored."""
+    """IoUs and temporal consistencies (mVC) over whole videos: classes are 0 ... K-1.
+
+    255 is ignored; as in the protocol, mVC alone treats it as any other label.
+    """
 
     def __init__(self, num_classes: int):
         if num_classes > IGNORE:
@@ -305,8 +307,11 @@ def load_model(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict]:
     else:
         raise InputError(f"{path}: is not train.py's; for a released checkpoint give --model and "
                          "--num-classes")
-    if isinstance(model, MRCFA) and args.dilation:
-        model.offsets = tuple(args.dilation)
+    if isinstance(model, MRCFA):
+        model.offsets = tuple(args.dilation or model.offsets)
+        config["offsets"] = model.offsets
+    else:
+        config.pop("offsets", None)
     if args.frame_size:
         config["frame_size"] = args.frame_size
     return model.eval().to(args.device), config
@@ -315,13 +320,11 @@ def load_model(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict]:
 def load_released(path: Path, name: str, num_classes: int) -> tuple[nn.Module, dict]:
     """A released MRCFA or SegFormer, or the bare weights of one of ours, and a config for it."""
     kind, variant = name.split("_")
-    stride = 32
     try:
         state = read_weights(path)
         if kind == "mrcfa":
-            if "value.weight" in state:                 # else `load_strictly` says what is missing
-                stride = 8 * state["value.weight"].shape[-1]
-            model = MRCFA(variant, num_classes, stride)
+            kernel = state["value.weight"].shape[-1] if "value.weight" in state else 4
+            model = MRCFA(variant, num_classes, reference_stride=8 * kernel)
         else:
             embed_dim = len(state.get("head.fuse.weight", ())) or EMBED_DIM
             model = SegFormer(variant, num_classes, embed_dim)
@@ -330,7 +333,7 @@ def load_released(path: Path, name: str, num_classes: int) -> tuple[nn.Module, d
         raise naming(path, error) from None
     unnamed = [f"class {k}" for k in range(num_classes)]
     classes = {124: VSPW_CLASSES, 19: CITYSCAPES_CLASSES}.get(num_classes, unnamed)
-    frame_size = FRAME_SIZE if stride == 32 else CITYSCAPES_FRAME_SIZE
+    frame_size = CITYSCAPES_FRAME_SIZE if num_classes == 19 else FRAME_SIZE
     return model, {"model": name, "classes": classes, "frame_size": frame_size, "offsets": OFFSETS}
 
 
@@ -355,8 +358,8 @@ def parse_args() -> argparse.Namespace:
                        help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
     group.add_argument("--split", default="val", metavar="NAME",
                        help="evaluate the videos that DIR/NAME.txt lists")
-    group.add_argument("--labels", choices=("dense", "sparse"), default="dense",
-                       help="sparse: frames may lack masks, as in videos that you label yourself")
+    group.add_argument("--labels", choices=("dense", "sparse"),
+                       help="sparse: frames may lack masks, if not as in training or dense")
     group.add_argument("--first-label", type=int, choices=(0, 1),
                        help="value of the first class in label maps, if not as in training or 1")
     group.add_argument("--frames", type=Path, metavar="DIR",
@@ -459,11 +462,16 @@ def run(args: argparse.Namespace):
         return
 
     classes = configs[0]["classes"]
-    offsets = max(tuple(config.get("offsets", ())) for config in configs)
+    references = {config["offsets"] for config in configs if "offsets" in config}
+    if len(references) > 1 and is_cityscapes(args.data):
+        raise InputError(f"{args.data}: Cityscapes' clips are made for one model's references; "
+                         "give one --dilation for all")
     first_label = args.first_label
     if first_label is None:
         first_label = configs[0].get("first_label", 1)
-    videos = read_split(args.data, args.split, offsets, args.labels == "sparse", first_label)
+    labels = args.labels or configs[0].get("labels")
+    videos = read_split(args.data, args.split, max(references, default=()), labels == "sparse",
+                        first_label)
     check_labels(videos, classes, args.split)
     results = evaluate(methods, videos, classes, args.save, args.overlay, args.pictures)
     if rank() > 0:
@@ -505,12 +513,10 @@ def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]
             print(f"{name} is {path}", file=sys.stderr)
         methods.append(Method(name, partial(segment_video, model=model, **options)))
         configs.append(config)
-        if isinstance(model, MRCFA):
-            config["offsets"] = model.offsets
-            if args.single_frames:
-                predict = partial(segment_video, model=model.segformer, **options)
-                methods.append(Method(f"{name}_single_frames", predict))
-                configs.append(config)
+        if isinstance(model, MRCFA) and args.single_frames:
+            predict = partial(segment_video, model=model.segformer, **options)
+            methods.append(Method(f"{name}_single_frames", predict))
+            configs.append(config)
     return methods, configs
 
 
@@ -659,6 +665,7 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
         column += [panel(heat(values, image), name) for name, values in found.items()]
         columns.append(column)
 
+    # From the nearest reference, the last of the loop, the token that is read most.
     read = found["B: what is read"].nan_to_num(-math.inf)
     top, left = divmod(int(read.argmax()), w)
     token = (kept == top * w + left).nonzero().item()

@@ -7,8 +7,8 @@ cells are its tokens. Strided convolutions bring K^2, K^3 and V to that grid. (K
 already; where r = 16, A^4 is resized.)
 
     cross-frame affinities   A^l = Q^l (K^l)^T at the scales l = 2, 3, 4 (strides 8, 16, 32).
-                             A^l is (n_l, m); its column j, seen as (h_l, w_l), is the affinity map
-                             of reference token j over the target's positions
+                             Column j, seen as (h_l, w_l), is the affinity map of reference token j
+                             over the target's positions
     STM, selective           keeps a reference's most important tokens, ranked by A^4: the same
      token masking           tokens at every scale, because MAA adds up the maps of *one* token
     SAR, single-scale        G^l, a stack of (2-D convolution, GroupNorm, ReLU), refines each
@@ -23,7 +23,8 @@ reference's F_hat. `up` is the paper's Gamma, bilinear upsampling. The paper has
 sum of the O_i, too; the code has none there, because the O_i have stride 8 already.
 
 In shapes, and only there, B is the number of clips, T of frames in a clip, K of classes. The
-encoder's F_l has C_l channels and n_l = h_l w_l positions. A reference has N tokens; STM keeps m.
+encoder's F_l has C_l channels and n_l = h_l w_l positions. A reference has N tokens; STM keeps m,
+and A^l is (n_l, m) then.
 """
 import math
 import re
@@ -377,10 +378,10 @@ class Stream:
         model = self.model
         if model.training:
             raise InputError("call model.eval() before streaming")
-        self.shape = self.shape or frame.shape
-        if frame.ndim != 3 or frame.shape != self.shape:
+        if frame.ndim != 3 or frame.shape != (self.shape or frame.shape):
             raise InputError("expected frames (3, H, W), all of one size; got "
-                             f"{tuple(frame.shape)} in a stream of {tuple(self.shape)}")
+                             f"{tuple(frame.shape)} after {tuple(self.shape or ())}")
+        self.shape = frame.shape
         features, fused = model.encode(frame[None])
         F_hat = model.at_stride_8(fused)
         references = []
@@ -459,7 +460,7 @@ def load_weights(model: nn.Module, path):
     """Start from the weights in a file: of a released MRCFA, of a SegFormer or its encoder, or of
     another training.
 
-    Classifiers of other classes keep their initialisation, and a line on stderr says so. Raises
+    Classifiers that don't fit keep their initialisation, and a line on stderr says so. Raises
     ValueError, with the path, if anything else is wrong.
     """
     try:
@@ -471,14 +472,14 @@ def load_weights(model: nn.Module, path):
             prefix = "segformer."
             state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         own = model.state_dict()
-        other_classes = []
-        for key, value in state.items():
-            if "classifier" in key and key in own and len(value) != len(own[key]):
-                other_classes.append(key)
-        if other_classes:
-            print("classifiers are of other classes: they start from new weights", file=sys.stderr)
-        state = {key: value for key, value in state.items() if key not in other_classes}
-        load_strictly(model, state, tuple(other_classes))
+        for key in [key for key in state if "classifier" in key]:
+            if key not in own or state[key].shape != own[key].shape:
+                del state[key]
+        new = tuple(key for key in own if "classifier" in key and key not in state)
+        if new:
+            print("classifiers for other classes or references start from new weights",
+                  file=sys.stderr)
+        load_strictly(model, state, new)
     except InputError as error:
         raise naming(path, error) from None
 

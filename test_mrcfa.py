@@ -480,7 +480,7 @@ def test_model_and_stream_refuse_what_they_cannot_take():
     stream = model.eval().stream()
     stream(torch.zeros(3, 64, 96))
     for shape in ((3, 96, 64), (1, 3, 64, 96)):
-        with pytest.raises(ValueError, match=r"in a stream of \(3, 64, 96\)"):
+        with pytest.raises(ValueError, match=r"all of one size; got .* after \(3, 64, 96\)"):
             stream(torch.zeros(shape))
     for wrong in ({"variant": "b9"}, {"reference_stride": 8}, {"keep_ratio": 1.5}, {"offsets": ()},
                   {"offsets": (3, 0)}):
@@ -1401,7 +1401,7 @@ def test_training_starts_from_released_and_own_weights(videos, tmp_path, run, ca
         return saved(tmp_path / name)["model"]
 
     state = start("tuned", "--pretrained", tmp_path / "released.pth")
-    assert "classifiers are of other classes" in capsys.readouterr().err
+    assert "classifiers for other classes" in capsys.readouterr().err
     assert state["classifier.1.bias"].shape == (3,)
     value = tensor_for("decode_head.sr1_feat.weight", (256, 256, 4, 4))
     assert torch.equal(state["value.weight"], value)
@@ -1409,6 +1409,8 @@ def test_training_starts_from_released_and_own_weights(videos, tmp_path, run, ca
     assert torch.equal(state["segformer.encoder.stages.0.embed.bias"], embed)
     again = start("again", "--pretrained", tmp_path / "tuned/last.pt")
     assert torch.equal(again["classifier.1.weight"], state["classifier.1.weight"])
+    two = start("two", "--pretrained", tmp_path / "tuned/last.pt", "--dilation", 2, 1)
+    assert torch.equal(two["classifier.1.weight"], state["classifier.1.weight"])
     segformer = start("segformer", "--model", "segformer_b0")
     inside = start("inside", "--pretrained", tmp_path / "segformer/last.pt")
     assert torch.equal(inside["segformer.classifier.1.weight"], segformer["classifier.1.weight"])
@@ -1820,7 +1822,7 @@ def test_bad_data_is_one_line_that_names_it(spoil, message, videos, tmp_path, ru
     (training, "--data {videos} --dilation 30", "none of the 3 training videos"),
     (training, "--data {videos} --crop 60 64", "multiples of 32"),
     (training, "--model mrcfa_b7", "mrcfa_b7"),
-    (training, "--keep-ratio 1.5", "keep_ratio must lie in (0, 1], not 1.5"),
+    (training, "--data {videos} --dilation 3 2 1 --keep-ratio 1.5", "must lie in (0, 1], not 1.5"),
     (training, "--device quantum", "quantum"),
     (training, "--seed -1", "--seed -1: must be 0 or more"),
     (training, "--lr nan", "--lr nan: must be 0 or more"),

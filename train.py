@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, SYNTHETIC_SIZE, VSPW_CLASSES, ArgumentParser,
                   ClipDataset, HelpFormatter, Video, check_labels, check_same_classes,
-                  download_pretrained, join_processes, positive, progress, rank, read_classes,
-                  read_split, refuse_to_overwrite, run_script, world_size, write_synthetic,
-                  write_whole)
+                  download_pretrained, is_cityscapes, join_processes, positive, progress, rank,
+                  read_classes, read_split, refuse_to_overwrite, run_script, world_size,
+                  write_synthetic, write_whole)
 from eval import (MODELS, Method, add_device_arguments, autocast, evaluate, metrics_table,
                   segment_video, without_nan)
 from mrcfa import MRCFA, OFFSETS, build_model, load_weights, model_arguments, mrcfa_loss
@@ -247,11 +247,11 @@ class Run:
 
     def samples(self, start: int, end: int) -> list[int]:
         """Which of the data set's clips this process takes in iterations start ... end - 1."""
-        share = self.args.batch_size // self.processes
+        count = self.args.batch_size // self.processes
         samples = []
         for i in range(start, end):
-            first = i * self.args.batch_size + rank() * share
-            samples += range(first, first + share)
+            first = i * self.args.batch_size + rank() * count
+            samples += range(first, first + count)
         return samples
 
     def seed_dropout(self, part: int):
@@ -393,8 +393,8 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME",
                        help="mrcfa_b0 ... b5, segformer_b0 ... b5")
     group.add_argument("--dataset", choices=RECIPES,
-                       help="data set, which picks the recipe: folder if there is --data, else "
-                            "synthetic")
+                       help="data set, which picks the recipe: by default folder or cityscapes, "
+                            "as --data looks, or else synthetic")
     group.add_argument("--data", type=Path, metavar="DIR",
                        help=f"data folder; the synthetic videos are made in {SYNTHETIC} by default")
     group.add_argument("--labels", choices=("dense", "sparse"), default="dense",
@@ -491,7 +491,9 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     if checkpoint:
         defaults = checkpoint["config"]
     else:
-        dataset = args.dataset or ("folder" if args.data else "synthetic")
+        dataset = args.dataset or "synthetic"
+        if args.data and not args.dataset:
+            dataset = "cityscapes" if is_cityscapes(args.data) else "folder"
         defaults = {"dataset": dataset, **RECIPES[dataset], "warmup": None}
     parser.set_defaults(**defaults)
     args = parser.parse_args()
@@ -530,8 +532,6 @@ def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
     low, high = args.scale_range
     if not 0.1 <= low <= high <= 10:
         parser.error(f"--scale-range {low} {high}: must rise, within 0.1 ... 10")
-    if args.keep_ratio is not None and not 0 < args.keep_ratio <= 1:
-        parser.error(f"--keep-ratio: keep_ratio must lie in (0, 1], not {args.keep_ratio}")
     for name in ("seed", "workers", "lr", "head_lr", "warmup", "eval_every"):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
