@@ -1284,6 +1284,8 @@ def test_a_resumed_training_takes_new_flags(videos, tmp_path, run, monkeypatch):
     groups = saved(tmp_path / "run")["optimizer"]["param_groups"]
     assert [group["base_lr"] for group in groups] == [1e-5, 1e-5, 2e-5]
     assert [group["weight_decay"] for group in groups] == [0.01, 0, 0.01]
+    norms = [name for name in saved(tmp_path / "run")["model"] if re.search("encoder.*norm", name)]
+    assert len(groups[1]["params"]) == len(norms) > 0
     assert run(training, *start, "--out", tmp_path / "other", "--seed", 1) == 0
     assert run(training, *start, "--out", tmp_path / "same") == 0
     assert len(set(seeds)) == 5     # of four iterations, and of the two seeds
@@ -1680,6 +1682,18 @@ def test_two_processes_evaluate_as_one_does(videos, tmp_path, run, capfd):
     assert processes(*((released, (rank, 2, port), "00017.jpg") for rank in range(2)),
                      target=start_evaluation) == [2, 2]
     assert "00017.jpg: spoilt" in capfd.readouterr().err
+
+
+def test_processes_share_the_videos_by_their_lengths(monkeypatch):
+    videos = [data.Video(f"{n}", ["frame"] * n, [None] * n) for n in (5, 1, 30, 4, 2, 9)]
+    monkeypatch.setattr(evaluation, "world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(evaluation, "rank", lambda: rank)
+        shares.append([])
+        method = evaluation.Method("m", lambda video: iter(shares[-1].append(video.name) or ()))
+        evaluation.evaluate([method], videos, CLASSES)
+    assert shares == [["5", "30", "2"], ["1", "4", "9"]]
 
 
 class FullDisk:
