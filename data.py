@@ -126,8 +126,8 @@ def read_classes(root: Path, default: Sequence[str] = ()) -> list[str]:
     path = root / "classes.txt"
     if not path.exists():
         if not default:
-            raise InputError(f"{path}: no such file; list the class names in it, one a line, "
-                             "label 1 first (only VSPW does without: --dataset vspw)")
+            raise InputError(f"{path}: no such file; list the class names in it, one a line, in the "
+                             "order of the labels (only VSPW does without: --dataset vspw)")
         return list(default)
     classes = read_lines(path)
     if not 2 <= len(classes) <= MAX_CLASSES:
@@ -179,16 +179,16 @@ def read_split(root: Path, split: str, offsets: Sequence[int] = (), sparse: bool
 def read_video(folder: Path, name: str, sparse: bool, first_label: int) -> Video:
     """One video of the VSPW layout."""
     frames = list_frames(folder / "origin")
-    present = set((folder / "mask").glob("[!.]*.png"))
+    present = {path for path in (folder / "mask").glob("[!.]*") if path.suffix in FRAME_SUFFIXES}
     masks: list[Path | None] = []
     for frame in frames:
         mask = folder / "mask" / f"{frame.stem}.png"
         masks.append(mask if mask in present else None)
     orphans = sorted(present - set(masks))
     if orphans:
-        raise InputError(f"{orphans[0]}: this mask has no frame of its name in {folder / 'origin'} "
-                         f"({len(orphans)} of {len(present)} masks have none); copy the frames, or "
-                         "rename or remove the masks")
+        raise InputError(f"{orphans[0]}: is no PNG with the name of a frame in {folder / 'origin'} "
+                         f"(nor are {len(orphans) - 1} others of the {len(present)} masks); copy the "
+                         "frames, or rename, convert or remove the masks")
     labelled = len(frames) - masks.count(None)
     if labelled == 0:
         raise InputError(f"{folder / 'mask'}: none of this video's {len(frames)} frames has a mask "

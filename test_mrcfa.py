@@ -1306,7 +1306,7 @@ def test_the_same_command_begins_and_continues_a_run(videos, tmp_path, run, caps
         assert run(*command, iterations) == 0
     error = capsys.readouterr().err
     assert "mrcfa_b0, training 5.1 M parameters on 1 x cpu in float32: 2 iterations" in error
-    assert "going on at iteration 1 of 2" in error
+    assert "run yet: it begins" in error and "going on at iteration 1 of 2" in error
     for other, message in ((["--model", "mrcfa_b1"], "--model mrcfa_b0, but the command says"),
                            (["--no-sar"], "--sar True, but the command says False"),
                            (["--iters", 1], "--iters 1: ")):
@@ -1324,7 +1324,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(videos, tmp_path, run, m
     with monkeypatch.context() as patch:
         patch.setattr(training, "loss_of", interrupted)
         assert run(training, "--data", videos, "--out", out, "--iters", 4, *SMALL) == 130
-    said = f"stopped at iteration 1; to go on: train.py --resume --out {out}"
+    said = f"stopped at iteration 1; to go on: python train.py --resume --out {out}"
     assert said in capsys.readouterr().err and saved(out)["iteration"] == 1
     args = ["--resume", "--out", out, "--workers", 2]
     assert processes((args, (), None, "signal", 1)) == [128 + signal.SIGTERM]
@@ -1818,7 +1818,9 @@ def in_file(name: str, content: str):
     (in_file("val.txt", "v\nv\n"), "names the video v twice"),
     (lambda videos: only_values(videos, []), "no pixel of this mask, or of 17 others"),
     (lambda videos: os.remove(videos / "data/v/origin/00004.jpg"),
-     "mask/00004.png: this mask has no frame of its name"),
+     "mask/00004.png: is no PNG with the name of a frame"),
+    (lambda videos: os.rename(videos / "data/v/mask/00004.png", videos / "data/v/mask/00004.jpg"),
+     "mask/00004.jpg: is no PNG with the name of a frame"),
     (in_file("classes.txt", "road\nsky\ncar\n"), "'road' in"),
     (in_file("classes.txt", "sky\nroad\n"), "has 3 classes, but"),
 ])

@@ -376,8 +376,9 @@ class Run:
     def leave(self, how: str):
         """End the process, and say how to go on."""
         if rank() == 0:
-            print(f"\n{how} at iteration {self.iteration}; to go on: train.py --resume --out "
-                  f"{shlex.quote(str(self.args.out))}", file=sys.stderr)
+            launcher = "torchrun ..." if self.processes > 1 else "python"
+            print(f"\n{how} at iteration {self.iteration}; to go on: {launcher} train.py --resume "
+                  f"--out {shlex.quote(str(self.args.out))}", file=sys.stderr)
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
@@ -557,6 +558,8 @@ def main():
     check_batch_size(args)
     if not checkpoint:
         refuse_to_overwrite(args.out, "continue that run (--resume) or name another folder (--out)")
+        if args.resume and rank() == 0:
+            print(f"no run in {args.out} yet: it begins", file=sys.stderr)
     clips, val = prepare_data(args, checkpoint)
     run = Run(args, prepare_model(args, checkpoint), clips)
     if checkpoint:
