@@ -126,8 +126,8 @@ def read_classes(root: Path, default: Sequence[str] = ()) -> list[str]:
     path = root / "classes.txt"
     if not path.exists():
         if not default:
-            raise InputError(f"{path}: no such file; list the class names in it, one a line, in the "
-                             "order of the labels (only VSPW does without: --dataset vspw)")
+            raise InputError(f"{path}: no such file; list the class names in it, one a line, in "
+                             "the order of the labels (only VSPW does without: --dataset vspw)")
         return list(default)
     classes = read_lines(path)
     if not 2 <= len(classes) <= MAX_CLASSES:
@@ -187,8 +187,8 @@ def read_video(folder: Path, name: str, sparse: bool, first_label: int) -> Video
     orphans = sorted(present - set(masks))
     if orphans:
         raise InputError(f"{orphans[0]}: is no PNG with the name of a frame in {folder / 'origin'} "
-                         f"(nor are {len(orphans) - 1} others of the {len(present)} masks); copy the "
-                         "frames, or rename, convert or remove the masks")
+                         f"(nor are {len(orphans) - 1} others of the {len(present)} masks); copy "
+                         "the frames, or rename, convert or remove the masks")
     labelled = len(frames) - masks.count(None)
     if labelled == 0:
         raise InputError(f"{folder / 'mask'}: none of this video's {len(frames)} frames has a mask "

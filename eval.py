@@ -30,7 +30,7 @@ from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE,
                   list_frames, network_input, positive, progress, rank, read_classes, read_frame,
                   read_frames, read_index_map, read_labels, read_split, refuse_to_overwrite,
                   run_script, world_size, write_image, write_whole)
-from mrcfa import (MRCFA, OFFSETS, load_checkpoint, naming, read_weights, reference_indices)
+from mrcfa import MRCFA, load_checkpoint, naming, read_weights, reference_indices
 from segformer import EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_strictly, read_checkpoint
 
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
@@ -334,7 +334,7 @@ def load_released(path: Path, name: str, num_classes: int) -> tuple[nn.Module, d
     unnamed = [f"class {k}" for k in range(num_classes)]
     classes = {124: VSPW_CLASSES, 19: CITYSCAPES_CLASSES}.get(num_classes, unnamed)
     frame_size = CITYSCAPES_FRAME_SIZE if num_classes == 19 else FRAME_SIZE
-    return model, {"model": name, "classes": classes, "frame_size": frame_size, "offsets": OFFSETS}
+    return model, {"model": name, "classes": classes, "frame_size": frame_size}
 
 
 # --------------------------------------------------------------------------------- command line

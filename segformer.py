@@ -393,7 +393,7 @@ def read_state_dict(source) -> dict[str, Tensor]:
         if isinstance(content.get(name), dict):
             content = content[name]
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"there is no state dict in it (weights by name); it holds "
+        raise InputError("there is no state dict in it (weights by name); it holds "
                          f"{some_keys(content)}")
     return {re.sub(r"^(module\.|model\.)+|_orig_mod\.", "", k): v for k, v in content.items()}
 
