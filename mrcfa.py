@@ -154,8 +154,8 @@ class AffinityAggregation(nn.Module):
             return self.g32(refined2)
         refined3 = self.g3(A3)                                          # (B, m c, h_3, w_3)
         refined4 = self.g4(A4)                                          # (B, m c, h_4, w_4)
-        M3 = self.g43(up(refined4, refined3).add_(refined3))            # (B, m c, h_3, w_3)
-        return self.g32(up(M3, refined2).add_(refined2))                # (B, m, h_2, w_2)
+        M3 = self.g43(up(refined4, refined3) + refined3)                # (B, m c, h_3, w_3)
+        return self.g32(up(M3, refined2) + refined2)                    # (B, m, h_2, w_2)
 
 
 # --------------------------------------------------------------------------------- the model
@@ -233,16 +233,16 @@ class MRCFA(nn.Module):
         if frames != T:
             raise InputError(f"clip has {frames} frames; this model takes {T} (target last)")
 
-        # All frames are encoded as one batch, time first: its last B maps are the target's.
+        # All frames are encoded as one batch, time first: B maps of each frame, the target's last.
         images = clip.transpose(0, 1).flatten(0, 1)                     # (T B, 3, H, W)
         features, fused = self.encode(images)
         F_hat = self.at_stride_8(fused)                                 # (T B, 256, h_2, w_2)
-        past = self.keys_and_values([f[:-batch] for f in features], F_hat[:-batch])
-        queries = self.queries([f[-batch:] for f in features])
+        queries = self.queries([F_l[-batch:] for F_l in features])
         outputs = []
         for i in range(T - 1):
             of_frame_i = slice(i * batch, (i + 1) * batch)
-            reference = Reference(*(x[of_frame_i] for x in past))
+            reference = self.keys_and_values([F_l[of_frame_i] for F_l in features],
+                                             F_hat[of_frame_i])
             outputs.append(self.reconstruct(queries, reference))        # O_i (B, 256, h_2, w_2)
         O = self.merge(outputs, F_hat[-batch:])
         logits = self.classify(self.classifier, O)                      # (B, K, h_1, w_1)
@@ -306,13 +306,12 @@ class MRCFA(nn.Module):
         size2, size3, size4 = (Q.shape[1:3] for Q in queries)           # h_l, w_l
         Q2, Q3, Q4 = (Q.flatten(1, 2) for Q in queries)                 # (B, n_l, C_l)
         # All of A^4 is needed: STM ranks the tokens by it.
-        A4_all = Q4 @ reference.key4.mT                                 # (B, n_4, n_4 of the ref.)
-        kept = self.selective_token_masking(A4_all, size4)              # (B, m)
+        A4 = Q4 @ reference.key4.mT                                     # (B, n_4, n_4 of the ref.)
+        kept = self.selective_token_masking(A4, size4)                  # (B, m)
 
         # Keep the columns of these tokens. At the finer scales compute no others.
-        A4_all = self.to_reference_stride(A4_all, size4)                # (B, n_4, N)
-        columns = kept[:, None].expand(-1, Q4.shape[1], -1)             # (B, n_4, m)
-        A4 = A4_all.gather(2, columns)                                  # (B, n_4, m)
+        A4 = self.to_reference_stride(A4, size4)                        # (B, n_4, N)
+        A4 = take_tokens(A4.mT, kept).mT.contiguous()                   # (B, n_4, m)
         A3 = Q3 @ take_tokens(reference.key3, kept).mT                  # (B, n_3, m)
         A2 = Q2 @ take_tokens(reference.key2, kept).mT                  # (B, n_2, m)
         return kept, as_maps(A2, size2), as_maps(A3, size3), as_maps(A4, size4)
@@ -503,11 +502,16 @@ def read_weights(source) -> dict[str, Tensor]:
     if "decode_head.sr1_feat.weight" not in state:
         return rename(state)                            # of a SegFormer
     numbers = re.findall(r"decode_head\.deco(\d+)\.", " ".join(state))
-    classifiers = max(map(int, numbers), default=0)
+    last = max(map(int, numbers), default=0)            # the classifier of O
+    renames = [*OFFICIAL_RENAMES, (rf"deco{last}\.smalldecoder", "classifier")]
+    for number in range(1, last):
+        renames.append((rf"deco{number}\.smalldecoder", f"auxiliary_classifiers.{number - 1}"))
     ours, segformer = {}, {}
     for key, value in state.items():
-        name = our_name(key.removeprefix("decode_head."), classifiers)
-        if name:
+        theirs = name = key.removeprefix("decode_head.")
+        for pattern, our_name in renames:
+            name = re.sub(f"^{pattern}", our_name, name)
+        if name != theirs:
             ours[name] = value
         else:
             segformer[key] = value
@@ -516,26 +520,20 @@ def read_weights(source) -> dict[str, Tensor]:
     return ours
 
 
-def our_name(name: str, classifiers: int) -> str | None:
-    """Our key for one of MRCFA's own layers in a released checkpoint, whose `classifiers` are
-    numbered from 1; None for a layer of SegFormer."""
-    layer, _, kind = name.rpartition(".")                           # kind: weight or bias
-    if match := re.fullmatch(r"hypercorre_module\.([qk])([1-3])", layer):
-        role = "query" if match[1] == "q" else "key"
-        return f"{role}{int(match[2]) + 1}.{kind}"                  # theirs count from stage 2
-    stack = re.fullmatch(r"hypercorre_module\.hpn\.encoder_layer(\d)(?:to)?(\d?)\.(\d)(?:\.conv2)?",
-                         layer)
-    if stack:
-        index = int(stack[3])       # 0: convolution, 1: norm, 2: ReLU; 3, 4, 5: the second layer
-        part = "convs" if index % 3 == 0 else "norms"
-        return f"aggregation.g{stack[1]}{stack[2]}.{part}.{index // 3}.{kind}"
-    if layer == "sr1_feat":
-        return f"value.{kind}"
-    if match := re.fullmatch(r"sr([23])", layer):
-        return f"reduce{match[1]}.{kind}"
-    if match := re.fullmatch(r"deco(\d+)\.smalldecoder\.1", layer):
-        number = int(match[1])
-        if number == classifiers:                                   # the last is O's
-            return f"classifier.1.{kind}"
-        return f"auxiliary_classifiers.{number - 1}.1.{kind}"
-    return None
+# The released MRCFA's names of its own layers -> ours.
+STACK = r"hypercorre_module\.hpn\.encoder_layer(\d)(?:to)?(\d?)"     # G^4, G^3, G^2; G^43, G^32
+OFFICIAL_RENAMES = [
+    (r"hypercorre_module\.q1", "query2"),               # theirs count from stage 2
+    (r"hypercorre_module\.q2", "query3"),
+    (r"hypercorre_module\.q3", "query4"),
+    (r"hypercorre_module\.k1", "key2"),
+    (r"hypercorre_module\.k2", "key3"),
+    (r"hypercorre_module\.k3", "key4"),
+    (r"sr2", "reduce2"),
+    (r"sr3", "reduce3"),
+    (r"sr1_feat", "value"),
+    (rf"{STACK}\.0(\.conv2)?", r"aggregation.g\1\2.convs.0"),
+    (rf"{STACK}\.1", r"aggregation.g\1\2.norms.0"),     # 2 is the ReLU
+    (rf"{STACK}\.3(\.conv2)?", r"aggregation.g\1\2.convs.1"),
+    (rf"{STACK}\.4", r"aggregation.g\1\2.norms.1"),
+]

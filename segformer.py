@@ -53,7 +53,7 @@ class InputError(ValueError):
 
 # ------------------------------------------------------------------------------------ the encoder
 
-def conv_last(conv: nn.Module, x: Tensor) -> Tensor:
+def conv_channels_last(conv: nn.Module, x: Tensor) -> Tensor:
     """Apply a convolution to a map with its channels last: (B, h, w, C) -> (B, h', w', C')."""
     x = conv(x.permute(0, 3, 1, 2))
     return x.permute(0, 2, 3, 1)
@@ -75,7 +75,8 @@ class EfficientAttention(nn.Module):
             self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:             # (B, h, w, C)
-        reduced = self.norm(conv_last(self.reduce, x))  # (B, h/r, w/r, C)
+        reduced = conv_channels_last(self.reduce, x)    # (B, h/r, w/r, C)
+        reduced = self.norm(reduced)
         k, v = self.kv(reduced).chunk(2, dim=-1)
         q = self.split_heads(self.q(x))                 # (B, heads, h w, C / heads)
         k = self.split_heads(k)                         # (B, heads, h w / r^2, C / heads)
@@ -101,7 +102,7 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:             # (B, h, w, C)
         x = self.fc1(x)                                 # (B, h, w, 4 C)
-        x = conv_last(self.dwconv, x)
+        x = conv_channels_last(self.dwconv, x)
         return self.fc2(F.gelu(x))
 
 
@@ -231,7 +232,8 @@ class SegFormerHead(nn.Module):
         #     fused = self.fuse(torch.cat(maps[::-1], dim=1))
         # That is a sum of four 1x1 convolutions, which commute with bilinear upsampling. So project
         # and fuse each map at its own stride, upsample, and add: the same, and much faster.
-        fuses = reversed(self.fuse.weight.flatten(1).chunk(4, dim=1))   # of F_1 ... F_4
+        fuse4, fuse3, fuse2, fuse1 = self.fuse.weight.flatten(1).chunk(4, dim=1)
+        fuses = fuse1, fuse2, fuse3, fuse4
         maps = []
         for feature, linear, fuse in zip(features, self.linears, fuses, strict=True):
             weight = fuse @ linear.weight               # (256, C_l), both layers in one
