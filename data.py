@@ -150,17 +150,17 @@ def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: Path, ro
             raise InputError(f"{difference}: the order of the classes differs; put classes.txt and "
                              "the masks in one order")
     if differ:
-        print(f"warning: {difference} ({len(differ)} names differ)", file=sys.stderr)
+        say(f"warning: {difference} ({len(differ)} names differ)")
 
 
 def read_split(root: Path, split: str, offsets: Sequence[int] = (), sparse: bool = False,
-               first_label: int = 1) -> list[Video]:
+               first_label: int = 1, training: bool = False) -> list[Video]:
     """The videos of a split; of Cityscapes only the frames at `offsets` from the labelled ones.
 
     Where `sparse`, frames may lack masks, but not all of a video's. Errors name what is missing.
     """
     if is_cityscapes(root):
-        return read_cityscapes(root, split, offsets)
+        return read_cityscapes(root, split, offsets, training)
     path = root / f"{split}.txt"
     videos: dict[str, Video] = {}
     for line in read_lines(path):
@@ -200,7 +200,7 @@ def read_video(folder: Path, name: str, sparse: bool, first_label: int) -> Video
     return Video(name, frames, masks, first_label=first_label)
 
 
-def read_cityscapes(root: Path, split: str, offsets: Sequence[int]) -> list[Video]:
+def read_cityscapes(root: Path, split: str, offsets: Sequence[int], training: bool) -> list[Video]:
     """Clips of Cityscapes: a labelled frame after the references before it, or those after it, in
     reverse.
 
@@ -228,7 +228,7 @@ def read_cityscapes(root: Path, split: str, offsets: Sequence[int]) -> list[Vide
                 sides.append(side)
         if not sides:
             sides = [[]]
-        for side in sides if split == "train" else sides[:1]:
+        for side in sides if training else sides[:1]:
             frames = [*side, city / f"{name}_leftImg8bit.png"]
             masks = [None] * len(side) + [label]
             places = tuple(range(len(offsets), 0, -1))
@@ -384,10 +384,9 @@ def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
                      f"{classes[0]!r}")
         if split == "train" and len(missing) == len(classes) - 1:
             raise InputError(from_zero)
-        print(f"warning: {from_zero}", file=sys.stderr)
+        say(f"warning: {from_zero}")
     elif missing and split == "train" and len(checked) == len(pairs):
-        print(f"warning: no mask of the {split} split has {', '.join(missing)}: {numbers}",
-              file=sys.stderr)
+        say(f"warning: no mask of the {split} split has {', '.join(missing)}: {numbers}")
 
 
 # ------------------------------------------------------------------------------ colours of masks
@@ -598,7 +597,7 @@ CYCLE, BURST = 12, 3                            # of so many frames, this many i
 BAD_MOMENTS = ("dark", "bright", "noisy", "glare", "shaken")
 
 
-def write_synthetic(root: Path, seed: int = 0):
+def write_synthetic(root: Path):
     """Make the data set of synthetic videos in the VSPW layout: all of it, or nothing.
 
     Coloured objects move before a moving background; an object's texture is its class. In bursts of
@@ -613,7 +612,7 @@ def write_synthetic(root: Path, seed: int = 0):
         for number, (split, count) in enumerate(SYNTHETIC_VIDEOS.items()):
             names = [f"{split}_{i:03d}" for i in range(count)]
             for i, name in enumerate(progress(iterable=names, desc=f"making {root}", unit="video")):
-                rng = np.random.default_rng((seed, number, i))
+                rng = np.random.default_rng((0, number, i))
                 for t, (frame, labels) in enumerate(synthetic_video(rng)):
                     write_image(frame, made / "data" / name / "origin" / f"{t:05d}.jpg", quality=92)
                     write_image(labels, made / "data" / name / "mask" / f"{t:05d}.png")
@@ -730,9 +729,9 @@ def write_whole(path: Path, content: bytes | memoryview, durable: bool = False):
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -755,7 +754,7 @@ def write_image(image: Image.Image, path: Path, **options):
 def progress(**options) -> tqdm:
     """A progress bar: smooth on a terminal, a line every ten seconds in a file."""
     interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(dynamic_ncols=True, mininterval=interval, maxinterval=max(10, interval), **options)
+    return tqdm(dynamic_ncols=True, mininterval=interval, **options)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -897,6 +896,12 @@ def join_processes(args: argparse.Namespace):
 def rank() -> int:
     """This process's number among those of torchrun, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def say(text: str):
+    """Write a line to stderr, once for all processes."""
+    if rank() == 0:
+        print(text, file=sys.stderr)
 
 
 def world_size() -> int:

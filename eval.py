@@ -8,8 +8,6 @@
 import argparse
 import json
 import math
-import os
-import sys
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -29,7 +27,7 @@ from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE,
                   check_same_classes, coloured, decode_mask, fit, is_cityscapes, join_processes,
                   list_frames, network_input, positive, progress, rank, read_classes, read_frame,
                   read_frames, read_index_map, read_labels, read_split, refuse_to_overwrite,
-                  run_script, world_size, write_image, write_whole)
+                  run_script, say, world_size, write_image, write_whole)
 from mrcfa import MRCFA, load_checkpoint, naming, read_weights, reference_indices
 from segformer import EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_strictly, read_checkpoint
 
@@ -458,7 +456,8 @@ def run(args: argparse.Namespace):
             evaluate([method], [video], config["classes"], args.save and args.save / folder,
                      args.overlay and args.overlay / folder)
         places = " and ".join(str(path) for path in (args.save, args.overlay) if path)
-        print(f"the frames' predicted masks are in {places}")
+        if rank() == 0:
+            print(f"the frames' predicted masks are in {places}")
         return
 
     classes = configs[0]["classes"]
@@ -496,7 +495,7 @@ def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]
         methods = []
         for folder in args.predictions:
             predict = partial(saved_masks, folder=folder, num_classes=len(classes))
-            name = os.path.basename(os.path.abspath(folder))
+            name = folder.resolve().name
             methods.append(Method(free_name(name, methods), predict))
         return methods, [{"classes": classes}] * len(methods)
 
@@ -510,7 +509,7 @@ def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]
         options = {"frame_size": config["frame_size"], "amp": args.amp}
         name = free_name(config["model"], methods)
         if name != config["model"]:
-            print(f"{name} is {path}", file=sys.stderr)
+            say(f"{name} is {path}")
         methods.append(Method(name, partial(segment_video, model=model, **options)))
         configs.append(config)
         if isinstance(model, MRCFA) and args.single_frames:
@@ -659,16 +658,18 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
         reference = model.keys_and_values(features, model.at_stride_8(fused))
         kept, steps = reading_steps(model, queries, reference)
         found = pixel_maps(steps, kept, (x, y), (h, w))
-        shown = dimmed(image, found["MAA: M2"])
+        shown = dimmed(image, found["B: what is read"])
         column = [panel(ringed(target, x, y), "target and its pixel"),
                   panel(shown, f"reference {path.stem}: STM drops dark")]
         column += [panel(heat(values, image), name) for name, values in found.items()]
         columns.append(column)
+        nearest = image, kept, steps                # in the end, of the last reference
 
-    # From the nearest reference, the last of the loop, the token that is read most.
-    read = found["B: what is read"].nan_to_num(-math.inf)
-    top, left = divmod(int(read.argmax()), w)
-    token = (kept == top * w + left).nonzero().item()
+    # The token of the nearest reference that the pixel reads most.
+    image, kept, steps = nearest
+    B = steps["B: what is read"]                                        # (m, h_2, w_2)
+    token = int(B[:, int(y * B.shape[1]), int(x * B.shape[2])].argmax())
+    top, left = divmod(int(kept[token]), w)
     its_place = (left + 0.5) / w, (top + 0.5) / h
     column = [panel(target, "target, as it looks to"),
               panel(ringed(image, *its_place), "the token that is read most")]
@@ -737,9 +738,11 @@ def benchmark(args: argparse.Namespace):
     """Print what SegFormer, MRCFA by clips and MRCFA streaming cost with random weights, as a
     Markdown table. Times are medians of several rounds in which the methods take turns."""
     num_classes = args.num_classes or 124
-    hardware = f"{torch.get_num_threads()} CPU threads"
+    hardware = str(args.device)
     if args.device.type == "cuda":
         hardware = torch.cuda.get_device_name(args.device)
+    elif args.device.type == "cpu":
+        hardware = f"{torch.get_num_threads()} CPU threads"
     print(f"{args.size[0]}x{args.size[1]}, {num_classes} classes, {args.amp or 'float32'}"
           f", {hardware}\n")
     print("| | M params | GFLOPs | ms | FPS | / SegFormer | paper's |")

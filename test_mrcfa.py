@@ -1032,7 +1032,9 @@ def write_cityscapes(root: Path) -> Path:
 
 def test_cityscapes_clips_follow_the_frames_numbers(tmp_path):
     root = write_cityscapes(tmp_path / "cityscapes")
-    clips = ClipDataset(read_split(root, "train", (9, 6, 3)), 19, (9, 6, 3), (32, 32), (64, 32))
+    assert [len(video.frames) for video in read_split(root, "train", (9, 6, 3))] == [4, 4, 4, 1]
+    train = read_split(root, "train", (9, 6, 3), training=True)     # both sides of a frame
+    clips = ClipDataset(train, 19, (9, 6, 3), (32, 32), (64, 32))
     assert clips.too_short == 1     # ulm's, with a frame missing on both sides
     seen = {video.name: set() for video in clips.videos}
     for i in range(60):

@@ -2,12 +2,13 @@
 
     python train.py                                 # mrcfa_b0 on synthetic videos, minutes on a CPU
     python train.py --dataset vspw --data VSPW --model mrcfa_b1 --pretrained nvidia/mit-b1
-    torchrun --nproc_per_node 4 train.py --dataset vspw ...     # the same training on four GPUs
+    torchrun --nproc_per_node 4 train.py --dataset vspw ...     # on the same clips, four GPUs
     python train.py --resume --out runs/mrcfa_b1    # goes on where that run was stopped
 
-The run's folder gets last.pt, best.pt (by mIoU), pictures and log.jsonl, an object a line. Clips,
-augmentation and dropout of an iteration depend on the seed and its number alone. So a run that was
-interrupted and resumed ends with the same weights, bit for bit on a CPU.
+The run's folder gets last.pt, best.pt (by mIoU), pictures and log.jsonl, an object a line. Clips
+and augmentation of an iteration depend on the seed and its number alone, dropout on the number of
+processes as well. So a run that was interrupted and resumed ends with the same weights, bit for bit
+on a CPU.
 """
 import argparse
 import io
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, SYNTHETIC_SIZE, VSPW_CLASSES, ArgumentParser,
                   ClipDataset, HelpFormatter, Video, check_labels, check_same_classes,
                   download_pretrained, is_cityscapes, join_processes, positive, progress, rank,
-                  read_classes, read_split, refuse_to_overwrite, run_script, world_size,
+                  read_classes, read_split, refuse_to_overwrite, run_script, say, world_size,
                   write_synthetic, write_whole)
 from eval import (MODELS, Method, add_device_arguments, autocast, evaluate, metrics_table,
                   segment_video, without_nan)
@@ -79,7 +80,7 @@ SYNTHETIC = Path("data/synthetic")
 BETAS = (0.9, 0.999)            # of AdamW,
 WEIGHT_DECAY = 0.01             # but 0 for the encoder's LayerNorms
 WARMUP_START = 1e-6             # the share of the learning rate that the warm-up begins with
-PLACE = ("out", "resume", "device")     # arguments that a checkpoint's `config` leaves out
+NOT_SAVED = ("out", "resume", "device")     # arguments that a checkpoint's `config` leaves out
 PROGRESS = ("iteration", "evaluated", "best", "losses", "lines")    # of a Run, in checkpoints
 # Arguments that can't change when a run goes on.
 FIXED = {"model": "--model", "dataset": "--dataset", "reference_stride": "--reference-stride",
@@ -239,10 +240,9 @@ class Run:
         first = self.iteration * self.args.batch_size
         clips = [self.clips.choose(i)[0] for i in range(first, first + self.args.batch_size)]
         targets = ", ".join(str(clip.frames[-1]) for clip in clips)
-        if rank() == 0:
-            print(f"\nstopped: the loss of iteration {self.iteration} is {loss}, the norm of its "
-                  f"gradient {norm}, of the clips that end with {targets}; "
-                  f"{self.args.out / 'last.pt'} is from before it", file=sys.stderr)
+        say(f"\nstopped: the loss of iteration {self.iteration} is {loss}, the norm of its gradient "
+            f"{norm}, of the clips that end with {targets}; {self.args.out / 'last.pt'} is from "
+            "before it")
         sys.exit(1)
 
     def samples(self, start: int, end: int) -> list[int]:
@@ -255,7 +255,7 @@ class Run:
         return samples
 
     def seed_dropout(self, part: int):
-        """Let the random numbers of dropout depend on the seed and on the clips alone."""
+        """Let the random numbers of dropout depend on the seed and the first of the clips alone."""
         first = self.samples(self.iteration, self.iteration + 1)[part * self.share]
         seed = np.random.SeedSequence((self.args.seed, 2, first)).generate_state(1)[0]
         torch.manual_seed(int(seed))
@@ -281,6 +281,7 @@ class Run:
         is the difference.
         """
         args = self.args
+        start = time.perf_counter()
         if self.processes > 1:      # the first process's BatchNorm statistics are those in last.pt
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
@@ -305,6 +306,7 @@ class Run:
             names = [method.name for method in methods]
             tqdm.write(f"iteration {self.iteration}\n{metrics_table(names, results)}")
         self.in_training_mode()
+        self.logged += time.perf_counter() - start      # no time of training
 
     # ------------------------------------------------------------------- checkpoints, log, signals
 
@@ -314,7 +316,7 @@ class Run:
             return
         config = {}
         for key, value in vars(self.args).items():
-            if key not in PLACE:
+            if key not in NOT_SAVED:
                 config[key] = str(value) if isinstance(value, Path) else value
         content = {"model": self.model.state_dict(), "config": config,
                    "optimizer": self.optimizer.state_dict()}
@@ -333,10 +335,9 @@ class Run:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for key in PROGRESS:
             setattr(self, key, checkpoint[key])
-        if rank() > 0:
-            return
-        write_whole(self.args.out / "log.jsonl", "".join(self.lines).encode())
-        print(f"going on at iteration {self.iteration} of {self.args.iters}", file=sys.stderr)
+        if rank() == 0:
+            write_whole(self.args.out / "log.jsonl", "".join(self.lines).encode())
+        say(f"going on at iteration {self.iteration} of {self.args.iters}")
 
     def log_training(self, lr: float, norm: float, speed: float | None):
         """Add a line on the iterations since the last one to log.jsonl."""
@@ -375,10 +376,9 @@ class Run:
 
     def leave(self, how: str):
         """End the process, and say how to go on."""
-        if rank() == 0:
-            launcher = "torchrun ..." if self.processes > 1 else "python"
-            print(f"\n{how} at iteration {self.iteration}; to go on: {launcher} train.py --resume "
-                  f"--out {shlex.quote(str(self.args.out))}", file=sys.stderr)
+        launcher = "torchrun ..." if self.processes > 1 else "python"
+        say(f"\n{how} at iteration {self.iteration}; to go on: {launcher} train.py --resume "
+            f"--out {shlex.quote(str(self.args.out))}")
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
@@ -422,15 +422,7 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--eval-every", type=int, metavar="N",
                        help="iterations between evaluations, with real data by default a tenth of "
                             "the training; 0 evaluates at the end alone")
-    add_clip_arguments(parser)
-    add_optimiser_arguments(parser)
-    add_mrcfa_arguments(parser)
-    add_device_arguments(parser)
-    return parser
 
-
-def add_clip_arguments(parser: ArgumentParser):
-    """The flags of how clips are cut from the videos."""
     group = parser.add_argument_group("clips")
     group.add_argument("--batch-size", type=positive, metavar="N",
                        help="clips of an iteration, which all processes share; the paper's are 8")
@@ -444,9 +436,6 @@ def add_clip_arguments(parser: ArgumentParser):
     group.add_argument("--crop", type=positive, nargs=2, metavar=("H", "W"),
                        help="size of the random crops, multiples of 32; larger needs more memory")
 
-
-def add_optimiser_arguments(parser: ArgumentParser):
-    """The flags of how long, and at which rates, is trained."""
     group = parser.add_argument_group("optimiser")
     group.add_argument("--accumulate", type=positive, default=1, metavar="N",
                        help="split each process's share of the clips into N parts, one after the "
@@ -460,9 +449,6 @@ def add_optimiser_arguments(parser: ArgumentParser):
                        help="iterations over which the rate rises, by default as in the recipe "
                             "but at most a tenth of the training")
 
-
-def add_mrcfa_arguments(parser: ArgumentParser):
-    """The flags of MRCFA's own parts."""
     group = parser.add_argument_group("MRCFA, and what it is without its parts")
     group.add_argument("--reference-stride", type=int, choices=(16, 32),
                        help="stride of the reference tokens; 16 is finer and slower")
@@ -479,11 +465,16 @@ def add_mrcfa_arguments(parser: ArgumentParser):
     group.add_argument("--maa", dest="aggregate", action=argparse.BooleanOptionalAction,
                        default=True,
                        help="merge scales with MAA; without, the finest is used alone")
+    add_device_arguments(parser)
+    return parser
 
 
 def parse_args() -> tuple[argparse.Namespace, dict | None]:
     """The command line: flags, above the run that is continued, above the data set's recipe. With
-    it, the checkpoint of a run that is continued."""
+    it, the checkpoint of a run that is continued.
+
+    It is parsed twice: to find the run or the recipe, and then with their values as defaults.
+    """
     parser = make_parser()
     parser.set_defaults(**RECIPES["synthetic"])     # for --help
     args = parser.parse_args()
@@ -558,8 +549,8 @@ def main():
     check_batch_size(args)
     if not checkpoint:
         refuse_to_overwrite(args.out, "continue that run (--resume) or name another folder (--out)")
-        if args.resume and rank() == 0:
-            print(f"no run in {args.out} yet: it begins", file=sys.stderr)
+        if args.resume:
+            say(f"no run in {args.out} yet: it begins")
     clips, val = prepare_data(args, checkpoint)
     run = Run(args, prepare_model(args, checkpoint), clips)
     if checkpoint:
@@ -570,8 +561,8 @@ def main():
         if len(set(begun)) > 1:
             raise InputError(f"{args.out}: not all processes find the same run there; several "
                              "machines must share this folder")
+    say(what_runs(run, val))
     if rank() == 0:
-        print(what_runs(run, val), file=sys.stderr)
         args.out.mkdir(parents=True, exist_ok=True)
     if not checkpoint:
         run.save("last.pt")     # from here on there is something to resume
@@ -605,7 +596,7 @@ def prepare_data(args: argparse.Namespace, checkpoint: dict | None
     splits = []
     for split in ("train", "val"):
         videos = read_split(args.data, split, args.offsets, args.labels == "sparse",
-                            args.first_label)
+                            args.first_label, training=split == "train")
         check_labels(videos, classes, split)
         splits.append(videos)
     videos, val = splits
@@ -622,9 +613,9 @@ def prepare_model(args: argparse.Namespace, checkpoint: dict | None) -> nn.Modul
         positive_kernels(model)
     if args.pretrained and not checkpoint:
         load_weights(model, download_pretrained(args.pretrained))
-    elif args.lr == VSPW_RECIPE["lr"] and not args.pretrained and rank() == 0:
-        print(f"warning: --lr {args.lr:g} is for pretrained weights (--pretrained); from scratch, "
-              "--lr 1e-3 --head-lr 1 learns faster", file=sys.stderr)
+    elif args.lr == VSPW_RECIPE["lr"] and not args.pretrained:
+        say(f"warning: --lr {args.lr:g} is for pretrained weights (--pretrained); from scratch, "
+            "--lr 1e-3 --head-lr 1 learns faster")
     if args.freeze_segformer:
         model.segformer.requires_grad_(False)
     if dist.is_initialized() and args.device.type == "cuda":
