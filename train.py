@@ -255,7 +255,7 @@ class Run:
         return samples
 
     def seed_dropout(self, part: int):
-        """Let the random numbers of dropout depend on the seed and the first of the clips alone."""
+        """Let the random numbers of dropout depend on the seed and the first clip alone."""
         first = self.samples(self.iteration, self.iteration + 1)[part * self.share]
         seed = np.random.SeedSequence((self.args.seed, 2, first)).generate_state(1)[0]
         torch.manual_seed(int(seed))
