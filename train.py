@@ -240,9 +240,9 @@ class Run:
         first = self.iteration * self.args.batch_size
         clips = [self.clips.choose(i)[0] for i in range(first, first + self.args.batch_size)]
         targets = ", ".join(str(clip.frames[-1]) for clip in clips)
-        say(f"\nstopped: the loss of iteration {self.iteration} is {loss}, the norm of its gradient "
-            f"{norm}, of the clips that end with {targets}; {self.args.out / 'last.pt'} is from "
-            "before it")
+        say(f"\nstopped: the loss of iteration {self.iteration} is {loss}, the norm of its "
+            f"gradient {norm}, of the clips that end with {targets}; {self.args.out / 'last.pt'} "
+            "is from before it")
         sys.exit(1)
 
     def samples(self, start: int, end: int) -> list[int]:
