@@ -495,7 +495,7 @@ def prepare_methods(args: argparse.Namespace) -> tuple[list[Method], list[dict]]
         methods = []
         for folder in args.predictions:
             predict = partial(saved_masks, folder=folder, num_classes=len(classes))
-            name = folder.resolve().name
+            name = folder.absolute().name
             methods.append(Method(free_name(name, methods), predict))
         return methods, [{"classes": classes}] * len(methods)
 
