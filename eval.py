@@ -644,7 +644,7 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
     Downwards: the tokens that STM keeps, the pixel's affinities A^l to them, these after SAR and
     after MAA, and the weights B with which their values are read. The last column is what SAR and
     MAA see: the affinities of one token, the one of the nearest reference that is read most, to all
-    positions of the target. Every map has a scale of its own.
+    positions of the target. Every map has a scale of its own, which stands over it.
     """
     images = list(read_frames(frames))
     device = next(model.parameters()).device
@@ -658,22 +658,22 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
         reference = model.keys_and_values(features, model.at_stride_8(fused))
         kept, steps = reading_steps(model, queries, reference)
         found = pixel_maps(steps, kept, (x, y), (h, w))
-        shown = dimmed(image, found["B: what is read"])
+        shown = dimmed(image, found["B: weights"])
         column = [panel(ringed(target, x, y), "target and its pixel"),
                   panel(shown, f"reference {path.stem}: STM drops dark")]
-        column += [panel(heat(values, image), name) for name, values in found.items()]
+        column += [heat_panel(values, image, name) for name, values in found.items()]
         columns.append(column)
         nearest = image, kept, steps                # in the end, of the last reference
 
     # The token of the nearest reference that the pixel reads most.
     image, kept, steps = nearest
-    B = steps["B: what is read"]                                        # (m, h_2, w_2)
+    B = steps["B: weights"]                                        # (m, h_2, w_2)
     token = int(B[:, int(y * B.shape[1]), int(x * B.shape[2])].argmax())
     top, left = divmod(int(kept[token]), w)
     its_place = (left + 0.5) / w, (top + 0.5) / h
     column = [panel(target, "target, as it looks to"),
               panel(ringed(image, *its_place), "the token that is read most")]
-    column += [panel(heat(maps[token], target), name) for name, maps in steps.items()]
+    column += [heat_panel(maps[token], target, name) for name, maps in steps.items()]
     columns.append(column)
     return tile(zip(*columns, strict=True))
 
@@ -686,7 +686,7 @@ def reading_steps(model: MRCFA, queries: Sequence[Tensor], reference) -> tuple[T
     steps = {"A4 (target stride 32)": A4, "A3 (target stride 16)": A3, "A2 (target stride 8)": A2,
              "SAR: G4(A4)": stacks.g4(A4), "SAR: G3(A3)": stacks.g3(A3),
              "SAR: G2(A2)": stacks.g2(A2),
-             "MAA: M2": M2, "B: what is read": M2.softmax(1)}
+             "MAA: M2": M2, "B: weights": M2.softmax(1)}
     m = kept.shape[1]
     for name, maps in steps.items():
         channels = maps[0].unflatten(0, (m, -1))        # b1 has two a token
@@ -722,13 +722,16 @@ def dimmed(image: Image.Image, values: Tensor) -> Image.Image:
     return Image.composite(image.point(lambda v: v // 4), image, dropped)
 
 
-def heat(values: Tensor, over: Image.Image) -> Image.Image:
-    """Numbers (h, w) as colours over an image, the lowest blue and the highest red; NaN is dark."""
+def heat_panel(values: Tensor, over: Image.Image, title: str) -> Image.Image:
+    """Numbers (h, w) as colours over an image, the lowest blue and the highest red; NaN is dark.
+    The title gets both."""
     known = values[~values.isnan()]
-    share = (values - known.min()) / (known.max() - known.min()).clamp(min=1e-12)
+    low, high = known.min(), known.max()
+    share = (values - low) / (high - low).clamp(min=1e-12)
     colours = torch.stack([share, 1 - 2 * (share - 0.5).abs(), 1 - share], dim=-1).nan_to_num(0.2)
     image = Image.fromarray((255 * colours).round().byte().numpy())
-    return Image.blend(over, image.resize(over.size, Image.Resampling.NEAREST), 0.6)
+    image = Image.blend(over, image.resize(over.size, Image.Resampling.NEAREST), 0.6)
+    return panel(image, f"{title}   {low:.3g} ... {high:.3g}")
 
 
 # ------------------------------------------------------------------------------------ benchmark
