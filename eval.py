@@ -667,7 +667,7 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
 
     # The token of the nearest reference that the pixel reads most.
     image, kept, steps = nearest
-    B = steps["B: weights"]                                        # (m, h_2, w_2)
+    B = steps["B: weights"]                                             # (m, h_2, w_2)
     token = int(B[:, int(y * B.shape[1]), int(x * B.shape[2])].argmax())
     top, left = divmod(int(kept[token]), w)
     its_place = (left + 0.5) / w, (top + 0.5) / h
