@@ -779,6 +779,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def fraction(text: str) -> float:
+    """The type of an argument that is a fraction, above 0 and at most 1."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie in (0, 1]")
+    return float(text)
+
+
 def refuse_to_overwrite(path: Path, instead: str = "give another name"):
     """InputError where there is a file, or a folder with something in it other than half-written
     files, *.tmp."""

@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, PALETTE,
                   VSPW_CLASSES, WRONG, ArgumentParser, HelpFormatter, Video, check_labels,
-                  check_same_classes, coloured, decode_mask, fit, is_cityscapes, join_processes,
-                  list_frames, network_input, positive, progress, rank, read_classes, read_frame,
-                  read_frames, read_index_map, read_labels, read_split, refuse_to_overwrite,
-                  run_script, say, world_size, write_image, write_whole)
+                  check_same_classes, coloured, decode_mask, fit, fraction, is_cityscapes,
+                  join_processes, list_frames, network_input, positive, progress, rank,
+                  read_classes, read_frame, read_frames, read_index_map, read_labels, read_split,
+                  refuse_to_overwrite, run_script, say, world_size, write_image, write_whole)
 from mrcfa import MRCFA, load_checkpoint, naming, read_weights, reference_indices
 from segformer import EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_strictly, read_checkpoint
 
@@ -307,6 +307,7 @@ def load_model(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict]:
                          "--num-classes")
     if isinstance(model, MRCFA):
         model.offsets = tuple(args.dilation or model.offsets)
+        model.keep_ratio = args.keep_ratio or model.keep_ratio
         config["offsets"] = model.offsets
     else:
         config.pop("offsets", None)
@@ -385,6 +386,8 @@ def parse_args() -> argparse.Namespace:
                        help="number of classes in a released checkpoint, or in the benchmark (124)")
     group.add_argument("--dilation", type=positive, nargs="+", metavar="N",
                        help="frames back to the references, if not as in training")
+    group.add_argument("--keep-ratio", type=fraction, metavar="P",
+                       help="share of tokens that STM keeps, if not as in training; 1 keeps all")
     group.add_argument("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"),
                        help="scale frames to fit this, if not as in training")
     add_device_arguments(parser)

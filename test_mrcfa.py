@@ -1395,6 +1395,18 @@ def test_released_checkpoint_goes_through_evaluation(videos, tmp_path, run, caps
         assert evaluation.load_released(path, "segformer_b0", count)[1]["classes"] == classes
 
 
+def test_evaluation_takes_other_references_and_tokens(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    write_checkpoint(path, tiny(3), "mrcfa_b0")
+    for flags, expected in (([], ((9, 6, 3), 0.8)),
+                            (["--dilation", "2", "1", "--keep-ratio", "1"], ((2, 1), 1))):
+        command = ["eval.py", "--data", "x", "--checkpoint", str(path), *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        model, config = evaluation.load_model(path, evaluation.parse_args())
+        assert (model.offsets, model.keep_ratio) == expected
+        assert config["offsets"] == model.offsets
+
+
 def test_training_starts_from_released_and_own_weights(videos, tmp_path, run, capsys):
     released_arguments(tmp_path, classes=5)
 
@@ -1840,7 +1852,7 @@ def test_bad_data_is_one_line_that_names_it(spoil, message, videos, tmp_path, ru
     (training, "--data {videos} --dilation 30", "none of the 3 training videos"),
     (training, "--data {videos} --crop 60 64", "multiples of 32"),
     (training, "--model mrcfa_b7", "mrcfa_b7"),
-    (training, "--data {videos} --dilation 3 2 1 --keep-ratio 1.5", "must lie in (0, 1], not 1.5"),
+    (training, "--keep-ratio 1.5", "argument --keep-ratio: 1.5 must lie in (0, 1]"),
     (training, "--device quantum", "quantum"),
     (training, "--seed -1", "--seed -1: must be 0 or more"),
     (training, "--lr nan", "--lr nan: must be 0 or more"),

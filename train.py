@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, SYNTHETIC_SIZE, VSPW_CLASSES, ArgumentParser,
                   ClipDataset, HelpFormatter, Video, check_labels, check_same_classes,
-                  download_pretrained, is_cityscapes, join_processes, positive, progress, rank,
-                  read_classes, read_split, refuse_to_overwrite, run_script, say, world_size,
+                  download_pretrained, fraction, is_cityscapes, join_processes, positive, progress,
+                  rank, read_classes, read_split, refuse_to_overwrite, run_script, say, world_size,
                   write_synthetic, write_whole)
 from eval import (MODELS, Method, add_device_arguments, autocast, evaluate, metrics_table,
                   segment_video, without_nan)
@@ -458,7 +458,7 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--positive-kernels", action=argparse.BooleanOptionalAction,
                        help="begin SAR's and MAA's convolutions with positive kernels, which "
                             "learns faster; the paper's may invert")
-    group.add_argument("--keep-ratio", type=float, metavar="P",
+    group.add_argument("--keep-ratio", type=fraction, metavar="P",
                        help="share of tokens that STM keeps, by default the paper's; 1 keeps all")
     group.add_argument("--sar", dest="refine", action=argparse.BooleanOptionalAction, default=True,
                        help="refine affinities with SAR")
