@@ -44,7 +44,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from segformer import STRIDE, InputError, bilinear_matrix, read_state_dict
+from segformer import STRIDE, InputError, read_state_dict
 
 IGNORE = 255
 MAX_CLASSES = 254                   # a label map of 8 bits holds these, 0 and 255
@@ -548,8 +548,8 @@ class ClipDataset(torch.utils.data.Dataset):
 
 def cut(image: Image.Image, size: tuple[int, int], box: tuple[float, ...], flip: bool,
         how: Image.Resampling) -> Image.Image:
-    """The box of an image, scaled to `size` (nothing outside of it ever is) and flipped."""
-    image = image.resize(size, how, box)
+    """The box of an image, scaled to `size` without antialiasing, as in evaluation, and flipped."""
+    image = image.transform(size, Image.Transform.EXTENT, box, how)
     return ImageOps.mirror(image) if flip else image
 
 
@@ -971,6 +971,12 @@ def positions_read(size: int, network_size: int, frame_size: int) -> tuple[Tenso
     first = read.int().argmax(1).clamp(max=size - few)
     positions = first[:, None] + torch.arange(few)
     return positions, matrix.gather(1, positions)
+
+
+def bilinear_matrix(size: int, new_size: int) -> Tensor:
+    """The (new_size, size) matrix that resizes one side of an image bilinearly."""
+    identity = torch.eye(size, device="cpu")
+    return F.interpolate(identity[None, None], (new_size, size), mode="bilinear")[0, 0]
 
 
 def extremum(x: Tensor, positions: Tensor, dim: int, of_two) -> Tensor:

@@ -30,15 +30,16 @@ import math
 import re
 import sys
 from collections import deque
+from contextlib import nullcontext
 from typing import NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segformer import (EMBED_DIM, InputError, SegFormer, classifier, load_pretrained, load_strictly,
-                       read_checkpoint, read_state_dict, rename, segmentation_loss, some_keys,
-                       without_autocast)
+from segformer import (EMBED_DIM, InputError, SegFormer, at_least_float32, classifier,
+                       load_pretrained, load_strictly, read_checkpoint, read_state_dict, rename,
+                       segmentation_loss, some_keys)
 
 OFFSETS = (9, 6, 3)             # how far back the references lie, in frames, oldest first
 REFERENCE_STRIDE = 32           # r: 32 for VSPW, 16 for Cityscapes
@@ -84,9 +85,11 @@ def take_tokens(x: Tensor, kept: Tensor) -> Tensor:
     return x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
 
 
-def float32(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def without_autocast(x: Tensor):
+    """A context in which x's own precision holds, whatever autocast says outside."""
+    if not torch.amp.is_autocast_available(x.device.type):      # as on the meta device
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 # --------------------------------------------------------------------------------- SAR and MAA
@@ -215,7 +218,7 @@ class MRCFA(nn.Module):
         self.reduce3 = nn.Conv2d(c3, c3, s3, stride=s3)
         self.value = nn.Conv2d(EMBED_DIM, EMBED_DIM, s2, stride=s2)
         self.aggregation = AffinityAggregation(variant, refine, aggregate)
-        if not aggregate:       # then stage 3 has no use, and stage 4 ranks tokens, untrained
+        if not aggregate:       # then stages 3 and 4 have no use
             for unused in (self.query3, self.key3, self.reduce3, self.query4, self.key4):
                 unused.requires_grad_(False)
         self.auxiliary_classifiers = nn.ModuleList()
@@ -276,17 +279,17 @@ class MRCFA(nn.Module):
         layers = (self.query2, self.query3, self.query4)
         with without_autocast(features[0]):
             for layer, feature in zip(layers, features[1:], strict=True):
-                queries.append(layer(float32(feature).permute(0, 2, 3, 1)))
+                queries.append(layer(at_least_float32(feature).permute(0, 2, 3, 1)))
         return queries
 
     def keys_and_values(self, features: Sequence[Tensor], F_hat: Tensor) -> Reference:
         """K and V of references, from their [F_1 ... F_4] and F_hat (B, 256, h_2, w_2)."""
         with without_autocast(F_hat):
-            _, f2, f3, f4 = (float32(feature) for feature in features)
+            _, f2, f3, f4 = (at_least_float32(feature) for feature in features)
             key2 = self.key2(as_sequence(self.reduce2(f2)))             # (B, N, C_2)
             key3 = self.key3(as_sequence(self.reduce3(f3)))             # (B, N, C_3)
             key4 = self.key4(as_sequence(f4))                           # (B, n_4, C_4)
-            value = as_sequence(self.value(float32(F_hat)))             # (B, N, 256)
+            value = as_sequence(self.value(at_least_float32(F_hat)))             # (B, N, 256)
         return Reference(key2, key3, key4, value)
 
     def reconstruct(self, queries: Sequence[Tensor], reference: Reference) -> Tensor:
@@ -305,9 +308,14 @@ class MRCFA(nn.Module):
         """
         size2, size3, size4 = (Q.shape[1:3] for Q in queries)           # h_l, w_l
         Q2, Q3, Q4 = (Q.flatten(1, 2) for Q in queries)                 # (B, n_l, C_l)
-        # All of A^4 is needed: STM ranks the tokens by it.
+        # All of A^4 is needed: STM ranks the tokens by it. Without MAA nothing trains A^4, and A^2
+        # takes its place.
         A4 = Q4 @ reference.key4.mT                                     # (B, n_4, n_4 of the ref.)
-        kept = self.selective_token_masking(A4, size4)                  # (B, m)
+        if self.aggregation.aggregate:
+            importance = self.to_reference_stride(self.importance(A4), size4)
+        else:
+            importance = self.importance(Q2 @ reference.key2.mT)        # (B, 1, N)
+        kept = self.selective_token_masking(importance[:, 0])           # (B, m)
 
         # Keep the columns of these tokens. At the finer scales compute no others.
         A4 = self.to_reference_stride(A4, size4)                        # (B, n_4, N)
@@ -316,18 +324,14 @@ class MRCFA(nn.Module):
         A2 = Q2 @ take_tokens(reference.key2, kept).mT                  # (B, n_2, m)
         return kept, as_maps(A2, size2), as_maps(A3, size3), as_maps(A4, size4)
 
-    def selective_token_masking(self, A4: Tensor, grid: Sequence[int]) -> Tensor:
-        """STM: the numbers (B, m) of the tokens to keep, by A^4 (B, n_4, n_4 of the ref.).
+    def importance(self, affinity: Tensor) -> Tensor:
+        """The importance of tokens (B, 1, tokens): the sum of the 5 largest of each token's
+        affinities (B, n_l, tokens)."""
+        top = min(IMPORTANCE_TOP, affinity.shape[1])
+        return affinity.topk(top, dim=1).values.sum(1, keepdim=True)
 
-        A token's importance is the sum of the 5 largest entries in its column of A^4. The
-        m = max(1, int(p N)) most important tokens are kept.
-        """
-        # The 5 largest entries of each column: one column is one reference token.
-        top = min(IMPORTANCE_TOP, A4.shape[1])
-        importance = A4.topk(top, dim=1).values.sum(1, keepdim=True)    # (B, 1, n_4)
-        # From the grid of stride 32 to the tokens' own.
-        importance = self.to_reference_stride(importance, grid)[:, 0]   # (B, N)
-        # The m most important tokens of each clip.
+    def selective_token_masking(self, importance: Tensor) -> Tensor:
+        """STM: the indices (B, m) of the m = max(1, int(p N)) most important of N tokens (B, N)."""
         m = max(1, int(self.keep_ratio * importance.shape[1]))
         return importance.topk(m).indices
 

@@ -15,8 +15,6 @@ import json
 import math
 import re
 import warnings
-from contextlib import nullcontext
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -38,8 +36,6 @@ MLP_RATIO = 4
 STRIDE = 32                 # of F_4: image sides must be multiples of it
 EMBED_DIM = 256             # width of the head for b0 and b1, and of every MRCFA
 DROPOUT = 0.1               # of whole channels, before every classifier
-LOSS_BAND = 32              # rows of an image whose loss is computed at a time on a CPU,
-LOSS_BYTES = 2 ** 28        # and bytes of full-size logits on a GPU
 SAFETENSORS_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -501,11 +497,6 @@ RENAMES = [
 
 
 # --------------------------------------------------------------------------------------- the loss
-# A first reading can skip what follows. Up to rounding `segmentation_loss` is
-#     full = F.interpolate(logits, labels.shape[1:], mode="bilinear")
-#     F.cross_entropy(full, labels, ignore_index=ignore_index, reduction="sum") / labels.numel()
-# With 124 classes the full-size logits of all maps would fill the memory and take half of a
-# training step.
 
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
     """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with labels (B, H, W): a scalar.
@@ -516,72 +507,12 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -
     if labels.dtype != torch.int64 or labels.ndim != 3 or len(labels) != len(logits):
         raise InputError(f"labels must be int64 and (B, H, W), here with B = {len(logits)}; got "
                          f"{labels.dtype} {tuple(labels.shape)}")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return SummedCrossEntropy.apply(logits, labels, ignore_index) / labels.numel()
+    logits = at_least_float32(logits).contiguous()  # CPUs upsample channels-last logits slowly
+    full = F.interpolate(logits, labels.shape[1:], mode="bilinear")
+    total = F.cross_entropy(full, labels, ignore_index=ignore_index, reduction="sum")
+    return total / labels.numel()
 
 
-class SummedCrossEntropy(torch.autograd.Function):
-    """The sum over all pixels, without ever holding the logits of all classes at full size.
-
-    The forward pass upsamples a few maps, or one band of a map, at a time, and takes the gradient
-    of the *small* logits, which is small, right there. The backward pass only scales it.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        height, width = labels.shape[1:]
-        maps, rows = 1, LOSS_BAND                       # what stays in a CPU's cache
-        if logits.device.type != "cpu":
-            map_size = logits.shape[1] * height * width * logits.element_size()
-            maps, rows = max(1, LOSS_BYTES // map_size), height
-        bands = row_bands(logits.shape[2], height, rows, logits.dtype, logits.device)
-        total = logits.new_zeros(())
-        gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-        for start in range(0, len(logits), maps):
-            chunk = slice(start, start + maps)
-            for target, source, matrix in bands:
-                with torch.enable_grad(), without_autocast(logits):
-                    part = logits[chunk, :, source].detach().contiguous().requires_grad_()
-                    wide = F.interpolate(part, (part.shape[2], width), mode="bilinear")
-                    full = matrix @ wide                # (maps, K, rows, W)
-                    loss = F.cross_entropy(full, labels[chunk, target], ignore_index=ignore_index,
-                                           reduction="sum")
-                    if ctx.needs_input_grad[0]:
-                        gradient[chunk, :, source] += torch.autograd.grad(loss, part)[0]
-                total += loss.detach()
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx, scale: Tensor):
-        """The gradient that the forward pass took, times that of the sum."""
-        gradient, = ctx.saved_tensors
-        return scale * gradient, None, None
-
-
-def without_autocast(x: Tensor):
-    """A context in which x's own precision holds, whatever autocast says outside."""
-    if not torch.amp.is_autocast_available(x.device.type):      # as on the meta device
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
-
-
-@lru_cache(maxsize=16)
-def row_bands(size: int, new_size: int, rows: int, dtype: torch.dtype, device: torch.device
-              ) -> list[tuple[slice, slice, Tensor]]:
-    """Bilinear resizing of an image's height in bands of `rows`: (the rows that a band makes, those
-    that it reads, and the matrix from these to those)."""
-    matrix = bilinear_matrix(size, new_size)
-    bands = []
-    for start in range(0, new_size, rows):
-        target = slice(start, start + rows)
-        read = matrix[target].any(0).nonzero()
-        source = slice(int(read.min()), int(read.max()) + 1)
-        bands.append((target, source, matrix[target, source].to(device, dtype)))
-    return bands
-
-
-def bilinear_matrix(size: int, new_size: int) -> Tensor:
-    """The (new_size, size) matrix that resizes one side of an image bilinearly."""
-    identity = torch.eye(size, device="cpu")
-    return F.interpolate(identity[None, None], (new_size, size), mode="bilinear")[0, 0]
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
