@@ -1,10 +1,10 @@
-"""Videos with labels: the layouts on disk, the way into and out of the network, random clips for
-training, and a small data set of synthetic videos.
+"""Videos with labels: the layouts on disk, preprocessing and decoding, random clips for training,
+and a small data set of synthetic videos.
 
 The VSPW layout, also for your own videos:
 
-    DIR/train.txt, val.txt          one video name a line
-    DIR/classes.txt                 one class name a line (VSPW itself does without)
+    DIR/train.txt, val.txt          one video name per line
+    DIR/classes.txt                 one class name per line (optional for VSPW itself)
     DIR/data/<video>/origin/*.jpg   frames, ordered by the numbers in their names (.png is fine)
     DIR/data/<video>/mask/*.png     label maps: 0 or 255 = ignored, 1 ... K = classes 0 ... K-1
                                     (with first_label = 0: 0 ... K-1, and 255 = ignored)
@@ -14,7 +14,7 @@ Cityscapes' official folders, in which one frame of 30 is labelled:
     DIR/leftImg8bit_sequence/<split>/<city>/<city>_<sequence>_<frame>_leftImg8bit.png
     DIR/gtFine/<split>/<city>/<city>_<sequence>_<frame>_gtFine_labelIds.png (or labelTrainIds)
 
-What you can put right yourself (a missing file, a label that doesn't exist) is an InputError or an
+Errors that the user can fix (a missing file, a label that doesn't exist) are an InputError or an
 OSError, with one line that names the file.
 """
 import argparse
@@ -46,26 +46,26 @@ from tqdm import tqdm
 
 from segformer import STRIDE, InputError, read_state_dict
 
-IGNORE = 255
-MAX_CLASSES = 254                   # a label map of 8 bits holds these, 0 and 255
-WRONG = 254                         # a value that is no class, to hatch errors with
-MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]   # of ImageNet's RGB, 0 ... 255
+IGNORE = 255                        # the label of ignored pixels
+WRONG = 254                         # marks wrong pixels in pictures; not a class
+MAX_CLASSES = 254                   # label maps of 8 bits also hold 0 and 255, which are ignored
+MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]   # ImageNet's RGB, 0 ... 255
 STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 FRAME_SIZE = (853, 480)             # VSPW's long and short side: frames are scaled to fit
 CITYSCAPES_FRAME_SIZE = (1024, 512)
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-CROP_TRIES = 10                     # for a crop whose target has two classes and none that covers
-MAX_CLASS_SHARE = 0.75              # more than this share of its labelled pixels
-BRIGHTNESS = 32                     # photometric distortion: +- grey levels of 255,
-CONTRAST = (0.5, 1.5)               # factors,
-SATURATION = (0.5, 1.5)
-HUE = 18 / 180                      # and a share of the colour circle
-CHECKED_MASKS = 200                 # that a run looks into before it begins
-FREQUENT = 0.05                     # share of pixels from which on 0 looks like a class
-SPARSE_SHARE = 0.25                 # of pixels to interpolate, up to which one by one is faster
-LONGEST_WAIT = datetime.timedelta(hours=3)  # for another process, which may evaluate a long video
-TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}   # variables it sets
+CROP_TRIES = 10                     # random crops to try until one passes MAX_CLASS_SHARE
+MAX_CLASS_SHARE = 0.75              # largest share of a crop's labelled pixels for one class
+BRIGHTNESS = 32                     # photometric distortion: largest shift, in grey levels of 255
+CONTRAST = (0.5, 1.5)               # photometric distortion: range of the factor
+SATURATION = (0.5, 1.5)             # photometric distortion: range of the factor
+HUE = 18 / 180                      # photometric distortion: largest shift on the colour circle
+CHECKED_MASKS = 200                 # masks per split that are checked before a run begins
+FREQUENT = 0.05                     # label 0 looks like a class if it has this share of the pixels
+SPARSE_SHARE = 0.25                 # decode single pixels up to this share of them, else the image
+LONGEST_WAIT = datetime.timedelta(hours=3)  # for a process that still evaluates or downloads
+TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}     # variables that it sets
 
 
 VSPW_CLASSES = """
@@ -90,15 +90,15 @@ rider car truck bus train motorcycle bicycle
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
-# ----------------------------------------------------------------------------- what is on disk
+# --------------------------------------------------------------------------- the files on disk
 
 @dataclass(frozen=True)
 class Video:
-    """One video: its frames in order, and for each its label map, or None where it has none."""
+    """One video: its frames in order, and the label map of each frame, or None."""
     name: str
     frames: Sequence[Path]
     masks: Sequence[Path | None]
-    offsets: tuple[int, ...] = ()   # of a ready-made clip's references; (): the training's
+    offsets: tuple[int, ...] = ()   # of a ready-made Cityscapes clip; empty for ordinary videos
     first_label: int = 1            # the value of class 0 in the label maps
 
 
@@ -117,29 +117,25 @@ def is_cityscapes(root: Path) -> bool:
 
 
 def read_classes(root: Path, default: Sequence[str] = ()) -> list[str]:
-    """The class names of a data folder, in label order; `default` where there is no classes.txt."""
+    """The class names of a data folder in label order; `default` if there is no classes.txt."""
     if not root.is_dir():
-        raise InputError(f"{root}: no such data folder; give the one that holds train.txt, val.txt "
-                         "and data/")
+        raise InputError(f"{root}: no such data folder")
     if is_cityscapes(root):
         return CITYSCAPES_CLASSES
     path = root / "classes.txt"
-    if not path.exists():
-        if not default:
-            raise InputError(f"{path}: no such file; list the class names in it, one a line, in "
-                             "the order of the labels (only VSPW does without: --dataset vspw)")
+    if default and not path.exists():
         return list(default)
     classes = read_lines(path)
     if not 2 <= len(classes) <= MAX_CLASSES:
-        raise InputError(f"{path}: names {len(classes)} classes; give 2 to {MAX_CLASSES} (the "
-                         "background, too, is a class)")
+        raise InputError(f"{path}: has {len(classes)} class names; give 2 to {MAX_CLASSES}, one "
+                         "per line and the background included")
     return classes
 
 
 def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: Path, root: Path):
-    """InputError where the classes of `who`, a checkpoint, are not those of the data in `root`.
+    """Raise InputError unless the classes of `who`, a checkpoint, are those of the data in `root`.
 
-    Other names for the same number of classes are said on stderr, unless names changed places.
+    If only names differ, and none of them changed places, warn on stderr.
     """
     if len(theirs) != len(ours):
         raise InputError(f"{who}: has {len(theirs)} classes, but {root} has {len(ours)}")
@@ -155,9 +151,9 @@ def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: Path, ro
 
 def read_split(root: Path, split: str, offsets: Sequence[int] = (), sparse: bool = False,
                first_label: int = 1, training: bool = False) -> list[Video]:
-    """The videos of a split; of Cityscapes only the frames at `offsets` from the labelled ones.
+    """The videos of a split; for Cityscapes only the frames at `offsets` from the labelled ones.
 
-    Where `sparse`, frames may lack masks, but not all of a video's. Errors name what is missing.
+    With `sparse`, frames may lack masks, but not all frames of a video.
     """
     if is_cityscapes(root):
         return read_cityscapes(root, split, offsets, training)
@@ -166,7 +162,7 @@ def read_split(root: Path, split: str, offsets: Sequence[int] = (), sparse: bool
     for line in read_lines(path):
         name = PurePosixPath(line)
         if name.is_absolute() or ".." in name.parts or not name.parts:
-            raise InputError(f"{path}: {line!r} is no name of a folder inside {root / 'data'}")
+            raise InputError(f"{path}: {line!r} is not the name of a folder in {root / 'data'}")
         name = str(name)                                    # `v/` is `v`
         if name in videos:
             raise InputError(f"{path}: names the video {name} twice")
@@ -177,39 +173,34 @@ def read_split(root: Path, split: str, offsets: Sequence[int] = (), sparse: bool
 
 
 def read_video(folder: Path, name: str, sparse: bool, first_label: int) -> Video:
-    """One video of the VSPW layout."""
+    """One video of the VSPW layout. Every image in mask/ must be a PNG with a frame's name."""
     frames = list_frames(folder / "origin")
-    present = {path for path in (folder / "mask").glob("[!.]*") if path.suffix in FRAME_SUFFIXES}
-    masks: list[Path | None] = []
-    for frame in frames:
-        mask = folder / "mask" / f"{frame.stem}.png"
-        masks.append(mask if mask in present else None)
-    orphans = sorted(present - set(masks))
+    present = images_in(folder / "mask")
+    by_name = {path.stem: path for path in present if path.suffix.lower() == ".png"}
+    masks = [by_name.get(frame.stem) for frame in frames]
+    orphans = sorted(set(present) - set(masks))
     if orphans:
-        raise InputError(f"{orphans[0]}: is no PNG with the name of a frame in {folder / 'origin'} "
-                         f"(nor are {len(orphans) - 1} others of the {len(present)} masks); copy "
-                         "the frames, or rename, convert or remove the masks")
+        raise InputError(f"{orphans[0]}: is not a PNG with the name of a frame in "
+                         f"{folder / 'origin'} ({len(orphans)} of {len(present)} masks); copy the "
+                         "frames, or rename, convert or remove the masks")
     labelled = len(frames) - masks.count(None)
-    if labelled == 0:
-        raise InputError(f"{folder / 'mask'}: none of this video's {len(frames)} frames has a mask "
-                         f"there; that of {frames[0].name} would be {frames[0].stem}.png")
-    if labelled < len(frames) and not sparse:
-        first = folder / "mask" / f"{frames[masks.index(None)].stem}.png"
-        raise InputError(f"{first}: no such mask ({labelled} of this video's {len(frames)} frames "
-                         "are labelled; --labels sparse allows that)")
+    if labelled == 0 or labelled < len(frames) and not sparse:
+        missing = folder / "mask" / f"{frames[masks.index(None)].stem}.png"
+        raise InputError(f"{missing}: no such mask; {labelled} of this video's {len(frames)} "
+                         "frames are labelled (with --labels sparse, one is enough)")
     return Video(name, frames, masks, first_label=first_label)
 
 
 def read_cityscapes(root: Path, split: str, offsets: Sequence[int], training: bool) -> list[Video]:
-    """Clips of Cityscapes: a labelled frame after the references before it, or those after it, in
-    reverse.
+    """Clips of Cityscapes: a labelled frame and the references before it, or those after it in
+    reverse order.
 
-    Training gets both, evaluation one. A side on which a reference is missing is left out.
+    Training gets both clips, evaluation one. A side with a missing reference is left out.
     """
     labels: dict[str, Path] = {}
     folder = root / "gtFine" / split
     for path in sorted(folder.glob("*/*_gtFine_label*Ids.png"), key=number_order):
-        labels[path.name.partition("_gtFine")[0]] = path    # of two, labelTrainIds comes last
+        labels[path.name.partition("_gtFine")[0]] = path    # labelTrainIds is taken if there is one
     if not labels:
         raise InputError(f"{folder}: no <city>/*_gtFine_labelIds.png there")
     sequences = root / "leftImg8bit_sequence" / split
@@ -244,30 +235,40 @@ def number_order(path: Path, number: str = r"\d+") -> tuple:
     return parts, path.name
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The files in a folder that have the suffix of an image, without hidden ones."""
+    suffixes = Image.registered_extensions()
+    return [path for path in Path(folder).iterdir()
+            if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+
+
 def list_frames(folder: Path) -> list[Path]:
     """The frames in a folder, in the order of the numbers in their names.
 
-    InputError where there are none, or where names like 1.05 and 1.1 have two orders.
+    Raises InputError if there are none, if two have one name, for images of other formats, and for
+    names like 1.05 and 1.1, which have two orders.
     """
-    frames = []
-    for path in Path(folder).iterdir():
-        if path.suffix.lower() in FRAME_SUFFIXES and not path.name.startswith("."):
-            frames.append(path)
+    frames = sorted(images_in(folder), key=number_order)
     if not frames:
         raise InputError(f"{folder}: no frames in it ({', '.join(FRAME_SUFFIXES)})")
-    frames.sort(key=number_order)
+    names = set()
+    for path in frames:
+        if path.suffix.lower() not in FRAME_SUFFIXES or path.stem in names:
+            raise InputError(f"{path}: frames are .jpg or .png, one for each moment; convert or "
+                             "remove it")
+        names.add(path.stem)
     decimal = sorted(frames, key=partial(number_order, number=r"\d+(?:\.\d+)?"))
     for path, other in zip(frames, decimal, strict=True):
         if path != other:
-            raise InputError(f"{path}: its place depends on whether its dot begins decimals "
-                             f"(then {other.name} comes here); number the frames without dots")
+            raise InputError(f"{path}: ambiguous order: if its dot starts decimals, {other.name} "
+                             "comes here; number the frames without dots")
     return frames
 
 
 # ------------------------------------------------------------------------------------- images
 
 def read_image(path: Path) -> Image.Image:
-    """An image file, decoded, and turned as its orientation tag says."""
+    """Decode an image file, and turn it as its orientation tag says."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -280,16 +281,16 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_frame(path: Path) -> Image.Image:
-    """A frame as RGB. InputError where 8 bits a colour can't show what is in the file."""
+    """Read a frame as RGB. Raises InputError if it has more than 8 bits per channel."""
     image = read_image(path)
     if image.mode.startswith(("I", "F")):
-        raise InputError(f"{path}: has more than 8 bits a pixel (mode {image.mode}); convert the "
-                         "frames to 8 bits, all with the same scale")
+        raise InputError(f"{path}: has more than 8 bits per channel (mode {image.mode}); convert "
+                         "the frames to 8 bits, all with the same scale")
     return image.convert("RGB")
 
 
 def read_frames(paths: Iterable[Path]) -> Iterator[Image.Image]:
-    """The frames of one video as RGB. InputError where one can't be read or has another size."""
+    """Read the frames of one video as RGB. Raises InputError if their sizes differ."""
     size = None
     for path in paths:
         image = read_frame(path)
@@ -300,8 +301,13 @@ def read_frames(paths: Iterable[Path]) -> Iterator[Image.Image]:
         yield image
 
 
-def read_index_map(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A mask of the given (width, height): a grey PNG's values, or a palette PNG's indices."""
+def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool]:
+    """Read a mask of the given (width, height): the values of a grey PNG, or the indices of a
+    palette PNG.
+
+    Editors and optimisers renumber a palette. So a mask in the colours of `coloured` is read by
+    these. Returns the values, and whether they were read by colours: then they count from 0.
+    """
     image = read_image(path)
     with open(path, "rb") as file:
         header = file.read(25)
@@ -313,35 +319,43 @@ def read_index_map(path: Path, size: tuple[int, int]) -> Image.Image:
                          f"here {size}, and is a grey or palette PNG of 8 bits (mode L or P), in "
                          "which a pixel's value is its class")
     if image.mode == "P":
-        colours = np.array(image.getpalette()).reshape(-1, 3)
-        greys = np.arange(len(colours))[:, None]
-        if (colours == colours[:, :1]).all() and (colours != greys).any():
-            raise InputError(f"{path}: its pixels show greys other than the values they store, as "
-                             "an image optimiser leaves them; save it as a grey PNG")
-    values = np.array(image, dtype=np.uint8)        # of a palette image its indices
+        colours = np.zeros((256, 3), dtype=np.uint8)
+        palette = np.array(image.getpalette()).reshape(-1, 3)
+        colours[:len(palette)] = palette
+        used = np.flatnonzero(image.histogram())
+        values = [PALETTE_INDEX.get(tuple(colour)) for colour in colours[used].tolist()]
+        if None not in values and min(values) < MAX_CLASSES:    # black and white could be anyone's
+            table = np.zeros(256, dtype=np.uint8)
+            table[used] = values
+            return Image.fromarray(table[np.array(image)]), True
+        greys = np.arange(len(palette))[:, None]
+        if (palette == palette[:, :1]).all() and (palette != greys).any():
+            raise InputError(f"{path}: its palette shows greys that are not the stored values, as "
+                             "image optimisers write it; save it as a grey PNG")
+    values = np.array(image, dtype=np.uint8)        # the indices of a palette image
     bits = header[24]
     if image.mode == "L" and bits < 8:              # Pillow stretches greys to 0 ... 255
         values //= 255 // (2 ** bits - 1)
-    return Image.fromarray(values)
+    return Image.fromarray(values), False
 
 
 def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label: int = 1
                 ) -> Image.Image:
-    """A label map of the given (width, height), with classes 0 ... K-1, and 255 for all ignored.
+    """Read a label map of the given (width, height): classes 0 ... K-1, and 255 for all ignored.
 
     In the file classes count from `first_label`, 1 or 0.
     """
-    image = read_index_map(path, size)
+    image, is_prediction = read_index_map(path, size)
     if path.name.endswith("_gtFine_labelIds.png"):
         values = CITYSCAPES_IDS
     elif path.name.endswith("_gtFine_labelTrainIds.png"):
         values = range(num_classes)
     else:
         values = range(first_label, first_label + num_classes)
-        if first_label and has_own_palette(path):
+        if first_label and is_prediction:
             raise InputError(f"{path}: has the colours of a predicted mask, which counts classes "
-                             "from 0, but label maps count from 1 here; --first-label 0 reads them "
-                             "as predicted masks are")
+                             "from 0, but label maps count from 1 here (--first-label 0 reads "
+                             "both)")
     counts = image.histogram()[:IGNORE]
     highest = max((value for value in range(IGNORE) if counts[value]), default=0)
     if highest > max(values):
@@ -354,11 +368,11 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label
 
 
 def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
-    """Look into up to CHECKED_MASKS masks of a split before a long run.
+    """Read up to CHECKED_MASKS masks of a split before a long run.
 
-    InputError if one can't be used, if no pixel has a class, or if training masks seem to count
-    from 0, so that a single class is left. A line on stderr says what else looks wrong: masks that
-    seem to count from 0, and classes that never occur.
+    Raises InputError if one can't be used, or if no pixel has a class. Warns of training classes
+    that never occur, and of masks that seem to count from 0; if these leave a single class to train
+    on, that is an error, too.
     """
     pairs = []
     for video in videos:
@@ -370,23 +384,20 @@ def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
     for mask, frame in checked:
         size = read_image(frame).size
         counts += read_labels(mask, size, len(classes), first_label).histogram()
-        zeros += read_index_map(mask, size).histogram()[0]
-    numbers = f"{'0 and 255 are' if first_label else '255 is'} ignored, {first_label} is " \
-              f"{classes[0]!r}, and so on"
-    if not counts[:IGNORE].any():
-        raise InputError(f"{pairs[0][0]}: no pixel of this mask, or of {len(checked) - 1} others "
-                         f"of the {split} split, has a class: {numbers}")
+        zeros += read_index_map(mask, size)[0].histogram()[0]
     missing = [name for k, name in enumerate(classes) if not counts[k]]
-    highest = first_label + int(counts[:len(classes)].nonzero()[0].max())
-    if first_label and highest == len(classes) - 1 and zeros > FREQUENT * counts.sum():
-        from_zero = (f"the masks of the {split} split have the values 0 ... {len(classes) - 1}, as "
-                     f"if they counted classes from 0, but {numbers}; with --first-label 0, 0 is "
-                     f"{classes[0]!r}")
-        if split == "train" and len(missing) == len(classes) - 1:
-            raise InputError(from_zero)
-        say(f"warning: {from_zero}")
-    elif missing and split == "train" and len(checked) == len(pairs):
-        say(f"warning: no mask of the {split} split has {', '.join(missing)}: {numbers}")
+    text = (f"no mask of the {split} split has {', '.join(missing)}: "
+            f"{'0 and 255 are' if first_label else '255 is'} ignored, {first_label} is "
+            f"{classes[0]!r}, and so on")
+    if len(missing) == len(classes):
+        raise InputError(f"{pairs[0][0]} and {len(checked) - 1} more: {text}")
+    from_zero = first_label and classes[-1] in missing and zeros > FREQUENT * counts.sum()
+    if from_zero:
+        text += f"; if 0 is {classes[0]!r}, give --first-label 0"
+    if split == "train" and from_zero and len(missing) == len(classes) - 1:
+        raise InputError(text)
+    if from_zero or split == "train" and missing and len(checked) == len(pairs):
+        say(f"warning: {text}")
 
 
 # ------------------------------------------------------------------------------ colours of masks
@@ -404,6 +415,7 @@ def make_palette() -> list[int]:
 
 
 PALETTE = make_palette()
+PALETTE_INDEX = {tuple(PALETTE[3 * k:3 * k + 3]): k for k in range(256)}
 
 
 def coloured(mask: np.ndarray) -> Image.Image:
@@ -413,14 +425,7 @@ def coloured(mask: np.ndarray) -> Image.Image:
     return image
 
 
-def has_own_palette(path: Path) -> bool:
-    """Whether an image file has the palette of `coloured`."""
-    with Image.open(path) as image:
-        palette = image.getpalette() or []
-    return len(palette) > 3 and palette == PALETTE[:len(palette)]
-
-
-# ------------------------------------------------------------------ into and out of the network
+# --------------------------------------------------------------------- preprocessing and decoding
 
 def fit(size: tuple[int, int], frame_size: Sequence[float]) -> tuple[int, int]:
     """(width, height) scaled so that the longer side fits into the longer one of `frame_size`, and
@@ -444,15 +449,28 @@ def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) ->
     return (x[0] - MEAN).div_(STD)
 
 
-# ----------------------------------------------------------------------------------- training
+def interpolate_and_decode(logits: Tensor, network_size: Sequence[int],
+                           frame_size: Sequence[int]) -> Tensor:
+    """Logits (K, h, w) -> classes (H, W) uint8 at the frame's size.
+
+    The protocol's two bilinear resizes, to the network's input size and from there to the frame's,
+    then the largest. Sizes are (height, width).
+    """
+    for size in (network_size, frame_size):
+        logits = F.interpolate(logits.view(1, *logits.shape[-3:]), tuple(size), mode="bilinear")
+    return logits[0].max(0).indices.to(torch.uint8)     # on CPUs much faster than argmax
+
+
+# ----------------------------------------------------------------------------- training clips
 
 class ClipDataset(torch.utils.data.Dataset):
-    """Random training clips: item i -> (images (T, 3, h, w) float32, labels int64, 255 = ignored).
+    """Random training clips: item i -> (images (T, 3, h, w) float32, labels uint8, 255 = ignored).
 
-    Labels are (T, h, w), or (h, w), the target's alone, where frames of the videos lack masks. The
-    target is the last frame. The items never end: len(videos) in a row are an epoch, one clip of
-    each video. Item i depends on (seed, i) alone. Videos without a labelled frame that has all its
-    references are left out, and counted in `too_short`. InputError where all are.
+    Labels are (T, h, w), or (h, w), only the target's, if frames of the videos lack masks. The
+    target is the last frame. There is no last item: each len(videos) items in a row are an epoch,
+    with one clip of each video. Item i depends only on (seed, i). Videos without a labelled frame
+    that has all its references are left out, and counted in `too_short`. Raises InputError if that
+    leaves none.
     """
 
     def __init__(self, videos: Sequence[Video], num_classes: int, offsets: Sequence[int],
@@ -479,8 +497,8 @@ class ClipDataset(torch.utils.data.Dataset):
                              "offsets (--dilation)")
 
     def possible_directions(self, video: Video) -> list[tuple[Video, list[int]]]:
-        """A video forwards and backwards, each with its possible targets: labelled, with all
-        references. A direction without any is left out."""
+        """A video forwards and backwards, each with its possible targets: labelled frames that have
+        all references. A direction without any is left out."""
         backwards = replace(video, frames=video.frames[::-1], masks=video.masks[::-1])
         first = max(video.offsets or self.offsets)
         directions = []
@@ -523,7 +541,7 @@ class ClipDataset(torch.utils.data.Dataset):
         for image, frame in zip(images, frames, strict=True):
             pixels = torch.from_numpy(np.array(photometric_distortion(frame, rng)))
             image[:, :height, :width] = (pixels.permute(2, 0, 1) - MEAN) / STD
-        targets = torch.full((len(labels), *self.crop), IGNORE)
+        targets = torch.full((len(labels), *self.crop), IGNORE, dtype=torch.uint8)
         for target, label in zip(targets, labels, strict=True):
             target[:height, :width] = torch.from_numpy(np.array(label))
         return images, targets[-1] if self.sparse else targets
@@ -538,7 +556,7 @@ class ClipDataset(torch.utils.data.Dataset):
             top = rng.integers(size[1] - crop[1] + 1)
             right, bottom = left + crop[0], top + crop[1]
             box = left * x_scale, top * y_scale, right * x_scale, bottom * y_scale
-            part = label.resize(crop, Image.Resampling.NEAREST, box)
+            part = cut(label, crop, box, False, Image.Resampling.NEAREST)
             counts = part.histogram()[:self.num_classes]
             present = sum(count > 0 for count in counts)
             if present > 1 and max(counts) < MAX_CLASS_SHARE * sum(counts):
@@ -719,25 +737,17 @@ def spoil(picture: np.ndarray, moment: str, rng: np.random.Generator):
         picture[0] += veil * (245 - picture[0])
 
 
-# ------------------------------------------------------- files, progress and errors of the scripts
+# ------------------------------------------------------------------------------ for the scripts
+#
+#      You can stop reading here: the rest is files, errors, downloads, processes, fast decoding.
 
-def write_whole(path: Path, content: bytes | memoryview, durable: bool = False):
-    """Write a file whole or not at all, if `durable` even in a power cut. OSError with its path.
-
-    What is no file, like /dev/stdout, is written to and stays what it is.
-    """
-    if path.exists() and not path.is_file():
-        path.write_bytes(content)
-        return
+def write_whole(path: Path, content: bytes | memoryview):
+    """Write a file whole or not at all. Raises OSError with its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.write_bytes(content)
+        temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
@@ -745,7 +755,7 @@ def write_whole(path: Path, content: bytes | memoryview, durable: bool = False):
 
 
 def write_image(image: Image.Image, path: Path, **options):
-    """Save an image in the format of its suffix, in a folder that need not be there yet."""
+    """Save an image in the format of its suffix, and make its folder if need be."""
     buffer = io.BytesIO()
     image.save(buffer, Image.registered_extensions()[path.suffix], **options)
     write_whole(path, buffer.getvalue())
@@ -758,7 +768,7 @@ def progress(**options) -> tqdm:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that shows the defaults, but for None."""
+    """Help that shows all defaults except None."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
@@ -772,11 +782,15 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def positive(text: str) -> int:
-    """The type of an argument that is a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)
+def at_least(low: float, kind: type = int) -> Callable[[str], float]:
+    """The type of an argument that is a number, an int or a float, from `low` on."""
+    def number(text: str) -> float:
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be {low} or more")
+        return value
+
+    return number
 
 
 def fraction(text: str) -> float:
@@ -787,21 +801,21 @@ def fraction(text: str) -> float:
 
 
 def refuse_to_overwrite(path: Path, instead: str = "give another name"):
-    """InputError where there is a file, or a folder with something in it other than half-written
-    files, *.tmp."""
+    """Raise InputError if there is such a file, or such a folder with anything in it except
+    half-written files, *.tmp."""
     if path.is_file() or path.is_dir() and any(x.suffix != ".tmp" for x in path.iterdir()):
         raise InputError(f"{path}: exists already, and nothing is overwritten; {instead}")
 
 
 def run_script(main: Callable[[], None]):
-    """Run a script's main. What a person can put right is one line on stderr, and exit code 2.
+    """Run a script's main. An error that the user can fix is one line on stderr, and exit code 2.
 
-    Python's own development mode, `python -X dev train.py`, shows where the line comes from.
+    Python's development mode, `python -X dev train.py`, shows the traceback as well.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:          # closed, by a service or a window without console
-            setattr(sys, name, open(os.devnull, "w" if number else "r"))
-    for stream in (sys.stdout, sys.stderr):     # what a terminal can't show is no error
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:          # closed, for instance by a service
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):     # print what a terminal can't show as escapes
         stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, interrupt)
     code: int | str | None = 0
@@ -813,18 +827,15 @@ def run_script(main: Callable[[], None]):
         code = stop.code
     except BaseException as error:
         line = in_one_line(error)
+        code = 130 if isinstance(error, KeyboardInterrupt) else 2 if line else 1
         if line is None or sys.flags.dev_mode:
             traceback.print_exc()
-            code = 1
         else:
-            # Another process's progress bar may stand in the line.
-            start = "\n" if dist.is_initialized() else ""
-            print(f"{start}{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-            code = 130 if isinstance(error, KeyboardInterrupt) else 2
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     for loader in multiprocessing.active_children():
         loader.kill()
     if dist.is_initialized():
-        # At once: to take the group down could mean to wait for processes that wait for this one.
+        # At once: an orderly end could wait for processes that wait for this one.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -839,7 +850,7 @@ def interrupt(number: int, _):
 
 
 def in_one_line(error: BaseException) -> str | None:
-    """What an error says that a person can put right; None for any other."""
+    """The message of an error that the user can fix; None for any other."""
     text = str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
@@ -853,51 +864,64 @@ def in_one_line(error: BaseException) -> str | None:
     if isinstance(error, dist.DistError) or dist.is_initialized() and "gloo" in text:
         return "lost contact with another process; its own message says why"
     if isinstance(error, (InputError, OSError)):
-        # One in a loader's process arrives with that process's traceback before its last line.
+        # One from a loader's process arrives with that process's traceback before its last line.
         return re.sub(r"^[\w.]*Error: ", "", text.strip().splitlines()[-1])
     return None
 
 
 def download_pretrained(source: str) -> Path:
-    """A file of pretrained weights: `source` itself, if it is one here, or of that OWNER/NAME on
-    Hugging Face, in torch.hub's folder, fetched if it isn't there yet.
+    """The file of pretrained weights `source`, or of OWNER/NAME on Hugging Face, downloaded once
+    into torch.hub's folder.
 
-    The variable HF_ENDPOINT replaces the host. InputError, with the address, where that fails.
+    The variable HF_ENDPOINT replaces the host. Raises InputError, with the address, if that fails.
     """
     if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return Path(source)
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     folder = Path(torch.hub.get_dir(), "checkpoints", source)
+    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("pytorch_model.bin", "model.safetensors")]
     for file in files:
         if file.exists():
             return file
-    folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         url = f"{host}/{source}/resolve/main/{file.name}"
         try:
-            with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
-                download = Path(temporary) / file.name
-                torch.hub.download_url_to_file(url, download, progress=sys.stderr.isatty())
-                read_state_dict(download)               # whole, or an error
-                os.replace(download, file)
-                return file
+            torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
+            read_state_dict(file)                   # whole, or an error
+            return file
         except (OSError, http.client.HTTPException, InputError) as error:
+            file.unlink(missing_ok=True)
             if getattr(error, "code", 0) != 404 or file == files[-1]:
-                raise InputError(f"{source}: no file here, and {url} can't be fetched ({error}); "
+                raise InputError(f"{source}: no such file, and {url} can't be fetched ({error}); "
                                  f"put it at {file}, or give the path of another") from None
 
 
 def join_processes(args: argparse.Namespace):
-    """Meet the other processes of torchrun, if it started this one. Each takes its own GPU."""
+    """Join the other processes if torchrun, or a cluster in its way, started this one. Each takes
+    its own GPU."""
+    global patient_group
     if not TORCHRUN <= os.environ.keys():
         return
-    backend = "gloo"
     if args.device.type == "cuda":
-        backend = "nccl"
-        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(args.device)
-    dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        dist.init_process_group("nccl", device_id=args.device)
+    else:
+        dist.init_process_group("gloo")
+    patient_group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+
+
+patient_group = None            # for exchanges that wait until others have evaluated
+
+
+def gather(value) -> list:
+    """The values of all processes, in the order of their ranks. Waits hours for them if need be."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value, group=patient_group)
+    return values
 
 
 def rank() -> int:
@@ -905,30 +929,25 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def say(text: str):
-    """Write a line to stderr, once for all processes."""
-    if rank() == 0:
-        print(text, file=sys.stderr)
-
-
 def world_size() -> int:
     """The number of processes of torchrun, or 1."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# -------------------------------------------------------------------------- logits to a mask, fast
+def say(text: str):
+    """Print a line to stderr, once for all processes."""
+    if rank() == 0:
+        print(text, file=sys.stderr)
+
 
 def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequence[int]) -> Tensor:
-    """Logits (K, h, w) -> classes (H, W) uint8 at the frame's size.
+    """The same as `interpolate_and_decode`, on CPUs many times as fast.
 
-    The protocol's two bilinear resizes, to the network's input size and from there to the frame's,
-    then argmax. Sizes are (height, width).
+    Bilinear weights are positive, sum to 1 and are the same for all classes. So if one class is the
+    largest at all positions that a pixel reads from, it is the pixel's class.
     """
     if logits.device.type != "cpu":
         return interpolate_and_decode(logits, network_size, frame_size)
-    # A first reading can skip the rest: it is the same and, with 124 classes, saves 240 ms a frame.
-    # Bilinear weights are positive, sum to 1 and are the same for all classes. So where one class
-    # is the largest at all positions that a pixel reads from, it is the pixel's class.
     h, w = logits.shape[1:]
     largest = logits.max(0).indices.to(torch.uint8)                     # (h, w)
     rows, row_weights = positions_read(h, network_size[0], frame_size[0])
@@ -952,14 +971,6 @@ def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequenc
                                    per_sample_weights=weights.flatten(1))   # (M, K)
     mask[undecided] = interpolated.argmax(1).to(torch.uint8)
     return mask
-
-
-def interpolate_and_decode(logits: Tensor, network_size: Sequence[int],
-                           frame_size: Sequence[int]) -> Tensor:
-    """`decode_mask` as the protocol says it."""
-    for size in (network_size, frame_size):
-        logits = F.interpolate(logits.view(1, *logits.shape[-3:]), tuple(size), mode="bilinear")
-    return logits[0].argmax(0).to(torch.uint8)
 
 
 @lru_cache(maxsize=16)

@@ -33,9 +33,9 @@ MIT_VARIANTS = {
 HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)   # r of each stage's attention
 MLP_RATIO = 4
-STRIDE = 32                 # of F_4: image sides must be multiples of it
-EMBED_DIM = 256             # width of the head for b0 and b1, and of every MRCFA
-DROPOUT = 0.1               # of whole channels, before every classifier
+STRIDE = 32                 # stride of F_4: image sides must be multiples of it
+EMBED_DIM = 256             # width of the head of b0 and b1, and of every MRCFA
+DROPOUT = 0.1               # rate of the channel dropout before every classifier
 SAFETENSORS_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -44,7 +44,7 @@ SAFETENSORS_TYPES = {
 
 
 class InputError(ValueError):
-    """A mistake that the person at the keyboard can put right. The scripts print it as one line."""
+    """An error that the user can fix. The scripts print it as one line, without a traceback."""
 
 
 # ------------------------------------------------------------------------------------ the encoder
@@ -154,7 +154,7 @@ class Stage(nn.Module):
 class MixVisionTransformer(nn.Module):
     """MiT encoder: images (B, 3, H, W) -> [F_1, F_2, F_3, F_4], F_l (B, C_l, H/s, W/s).
 
-    The strides s are 4, 8, 16 and 32. Raises ValueError where H or W is no multiple of 32.
+    The strides s are 4, 8, 16 and 32. Raises ValueError unless H and W are multiples of 32.
     """
 
     def __init__(self, channels: tuple[int, ...], depths: tuple[int, ...], drop_path: float = 0.1):
@@ -250,7 +250,7 @@ class SegFormer(nn.Module):
     """Encoder, head, classifier: images (B, 3, H, W) -> logits (B, K, H/4, W/4).
 
     `embed_dim` is the head's width: published heads have 256 for b0 and b1, 768 for b2 ... b5.
-    Raises ValueError where H or W is no multiple of 32.
+    Raises ValueError unless H and W are multiples of 32.
     """
 
     def __init__(self, variant: str = "b1", num_classes: int = 124, embed_dim: int = EMBED_DIM):
@@ -265,82 +265,88 @@ class SegFormer(nn.Module):
         return self.classifier(fused)
 
 
-# ----------------------------------------------------- checkpoints: reading, naming, loading them
+# --------------------------------------------------------------------------------------- the loss
 
-def load_pretrained(module: nn.Module, source):
+def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with labels (B, H, W): a scalar.
+
+    The mean is over *all* pixels: ignored ones add 0 but stay in the denominator, as in the
+    released code. Raises ValueError for labels of another shape or type.
+    """
+    if labels.dtype != torch.int64 or labels.ndim != 3 or len(labels) != len(logits):
+        raise InputError(f"labels must be int64 and (B, H, W), here with B = {len(logits)}; got "
+                         f"{labels.dtype} {tuple(labels.shape)}")
+    logits = at_least_float32(logits).contiguous()  # CPUs upsample channels-last logits slowly
+    full = F.interpolate(logits, labels.shape[1:], mode="bilinear")
+    total = F.cross_entropy(full, labels, ignore_index=ignore_index, reduction="sum")
+    return total / labels.numel()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---------------------------------------------------------------------------------- loading weights
+#
+#          You can stop reading here: the rest reads, renames and loads other people's weights.
+
+def load_pretrained(module: nn.Module, source) -> list[str]:
     """Load ImageNet or SegFormer weights into an encoder, a SegFormer or an MRCFA.
 
     `source` is a path or a state dict, in the naming of NVlabs, Hugging Face (files, and
-    transformers 5 in memory) or mmsegmentation. What an ImageNet encoder can't have keeps its
-    initialisation. Skipped with a warning: a classifier of another class count; in an MRCFA a head
-    of another width; and mmsegmentation's head, which is another network. Raises ValueError, with
-    the keys, for everything else that doesn't fit.
+    transformers 5 in memory) or mmsegmentation. Skipped with a warning: a classifier of another
+    class count; a head of another width, with its classifier; and mmsegmentation's head, which is
+    another network. Returns the parts of the SegFormer, "head" and "classifier", that keep their
+    initialisation. Raises ValueError, with the keys, for everything else that doesn't fit.
     """
     state = rename(read_state_dict(source))
-    segformer = getattr(module, "segformer", module)    # an MRCFA has one inside
     if not any(key.startswith("encoder.stages.") for key in state):
         raise InputError(
             "no MiT weights in it: expected keys like 'patch_embed1.proj.weight', "
             "'encoder.patch_embeddings.0.proj.weight', 'stages.0.patch_embeddings.proj.weight' or "
             f"'layers.0.0.projection.weight', found {some_keys(state)}")
+    segformer = getattr(module, "segformer", module)    # an MRCFA has one inside
     if isinstance(segformer, MixVisionTransformer):
-        prefix = "encoder."
         encoder = {}
         for key, value in state.items():
             if not key.startswith(("head.", "classifier.")):
-                encoder[key.removeprefix(prefix)] = value
+                encoder[key.removeprefix("encoder.")] = value
         load_strictly(segformer, encoder)
-        return
+        return []
 
-    skipped = parts_to_skip(state, segformer, inside_mrcfa=segformer is not module)
-    for part, why in skipped.items():
-        warnings.warn(f"{part} skipped: {why}; it keeps its initialisation")
-    state = {k: v for k, v in state.items() if k.partition(".")[0] not in skipped}
-    present = {key.partition(".")[0] for key in state}
-    may_miss = tuple(f"{part}." for part in ("head", "classifier") if part not in present)
-    load_strictly(segformer, state, may_miss)
-
-
-def parts_to_skip(state: dict[str, Tensor], model: SegFormer, inside_mrcfa: bool) -> dict[str, str]:
-    """Which parts of renamed weights belong to another network, and why: {part: reason}."""
-    width = len(state.get("head.fuse.weight", ()))      # 0: has none
-    classes = len(state.get("classifier.1.bias", ()))
-    own_classes = model.classifier[1].out_channels
-    if "head.fusion_conv.conv.weight" in state:
-        why = "mmsegmentation's has BatchNorm and ReLU after each projection, this one hasn't"
-        return {"head": why}
-    if inside_mrcfa and width not in (0, EMBED_DIM):
-        why = f"the head is {width} wide, MRCFA's is {EMBED_DIM}"
-        return {"head": why, "classifier": why}
-    if classes not in (0, own_classes):
-        return {"classifier": f"it has {classes} classes, this model {own_classes}"}
-    return {}
+    own = segformer.state_dict()
+    initial = []
+    for part, weight in (("head", "head.fuse.weight"), ("classifier", "classifier.1.weight")):
+        keys = [key for key in state if key.startswith(f"{part}.")]
+        why = ""
+        if "head.fusion_conv.conv.weight" in keys:
+            why = "mmsegmentation's is another network"
+        elif weight in state and state[weight].shape != own[weight].shape:
+            why = f"it is {tuple(state[weight].shape)}, this model's {tuple(own[weight].shape)}"
+        if why:
+            warnings.warn(f"{part} skipped, so that it keeps its initialisation: {why}")
+            state = {key: value for key, value in state.items() if key not in keys}
+        if why or not keys:
+            initial.append(part)
+    load_strictly(segformer, state, tuple(f"{part}." for part in initial))
+    return initial
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[str, ...] = ()):
-    """`module.load_state_dict(state)` with errors for people.
+    """`module.load_state_dict(state)`, with a ValueError of one line unless all keys fit.
 
-    Keys that start with one of `may_miss` can be absent. Raises ValueError with all keys that are
-    missing, unexpected or of another shape.
+    Keys that start with one of `may_miss` can be absent and keep their values.
     """
-    own = module.state_dict()
-    wrong = []
-    for key in own:
-        if key not in state and not key.startswith(may_miss):
-            wrong.append(f"{key} is missing")
-    for key, value in state.items():
-        if key not in own:
-            wrong.append(f"{key} is unexpected")
-        elif value.shape != own[key].shape:
-            wrong.append(f"{key} is {tuple(value.shape)} instead of {tuple(own[key].shape)}")
-    if wrong:
-        raise InputError(f"{len(wrong)} weights don't fit this {type(module).__name__}: "
-                         + ", ".join(wrong))
-    module.load_state_dict(state, strict=False)
+    own = {key: value for key, value in module.state_dict().items() if key.startswith(may_miss)}
+    try:
+        module.load_state_dict(own | state)
+    except RuntimeError as error:       # of several lines
+        raise InputError(" ".join(str(error).split())) from None
 
 
 def read_checkpoint(path) -> dict:
-    """The dict in a checkpoint file, read with `weights_only=True`; ValueError for other files."""
+    """Read the dict in a checkpoint file with `weights_only=True`; ValueError for other files."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -355,7 +361,7 @@ def read_checkpoint(path) -> dict:
     except Exception as error:  # each file format raises its own
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             why = (f"would run code when loaded ({code[1]}); if you trust it, save its state dict "
-                   "alone in another file")
+                   "in a file of its own")
         else:
             why = f"can't be read as a checkpoint; it begins with {start!r}"
         raise InputError(f"{path}: {why}") from None
@@ -381,10 +387,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_state_dict(source) -> dict[str, Tensor]:
-    """The weights in a checkpoint, a path or a dict, where "state_dict" or "model" may hold them.
+    """Return the weights in `source`, a path or a dict, out of its "state_dict" or "model" if it
+    has one.
 
     What DataParallel, Lightning or torch.compile put before each key is removed. Raises ValueError
-    where there are no weights.
+    if there are no weights.
     """
     content = source if isinstance(source, dict) else read_checkpoint(source)
     for name in ("state_dict", "model"):
@@ -393,7 +400,8 @@ def read_state_dict(source) -> dict[str, Tensor]:
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError("there is no state dict in it (weights by name); it holds "
                          f"{some_keys(content)}")
-    return {re.sub(r"^(module\.|model\.)+|_orig_mod\.", "", k): v for k, v in content.items()}
+    prefixes = re.compile(r"^(module\.|model\.|_orig_mod\.)+|_orig_mod\.")
+    return {prefixes.sub("", key): value for key, value in content.items()}
 
 
 def some_keys(content: dict) -> str:
@@ -423,7 +431,7 @@ def count_from_zero(match: re.Match) -> str:
 
 
 def join_keys_and_values(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Attention has a Linear for q and one for k and v here; others have three, or one for all."""
+    """Merge separate q, k and v, or one fused qkv, into our q and kv."""
     joined = {}
     for key, value in state.items():
         place, _, kind = key.rpartition(".")
@@ -494,25 +502,3 @@ RENAMES = [
     # ours
     (r"^stages", r"encoder.stages"),
 ]
-
-
-# --------------------------------------------------------------------------------------- the loss
-
-def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with labels (B, H, W): a scalar.
-
-    The mean is over *all* pixels: ignored ones add 0 but stay in the denominator, as in the
-    released code. Raises ValueError for labels of another shape or type.
-    """
-    if labels.dtype != torch.int64 or labels.ndim != 3 or len(labels) != len(logits):
-        raise InputError(f"labels must be int64 and (B, H, W), here with B = {len(logits)}; got "
-                         f"{labels.dtype} {tuple(labels.shape)}")
-    logits = at_least_float32(logits).contiguous()  # CPUs upsample channels-last logits slowly
-    full = F.interpolate(logits, labels.shape[1:], mode="bilinear")
-    total = F.cross_entropy(full, labels, ignore_index=ignore_index, reduction="sum")
-    return total / labels.numel()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

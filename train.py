@@ -1,14 +1,14 @@
-"""Train MRCFA, or the SegFormer it sits on, on labelled videos.
+"""Train MRCFA, or the SegFormer that it builds on, on labelled videos.
 
     python train.py                                 # mrcfa_b0 on synthetic videos, minutes on a CPU
     python train.py --dataset vspw --data VSPW --model mrcfa_b1 --pretrained nvidia/mit-b1
     torchrun --nproc_per_node 4 train.py --dataset vspw ...     # on the same clips, four GPUs
-    python train.py --resume --out runs/mrcfa_b1    # goes on where that run was stopped
+    python train.py --resume --out runs/mrcfa_b1    # continues a run that was stopped
 
-The run's folder gets last.pt, best.pt (by mIoU), pictures and log.jsonl, an object a line. Clips
-and augmentation of an iteration depend on the seed and its number alone, dropout on the number of
-processes as well. So a run that was interrupted and resumed ends with the same weights, bit for bit
-on a CPU.
+The run's folder gets last.pt, best.pt (by mIoU), pictures, and log.jsonl with one object per line.
+The clips of an iteration and their augmentation depend only on the seed and the iteration; dropout
+also depends on the number of processes. So a run that was interrupted and resumed ends with the
+same weights, on a CPU bit for bit.
 """
 import argparse
 import io
@@ -18,26 +18,26 @@ import os
 import shlex
 import signal
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, SYNTHETIC_SIZE, VSPW_CLASSES, ArgumentParser,
-                  ClipDataset, HelpFormatter, Video, check_labels, check_same_classes,
-                  download_pretrained, fraction, is_cityscapes, join_processes, positive, progress,
+                  ClipDataset, HelpFormatter, Video, at_least, check_labels, check_same_classes,
+                  download_pretrained, fraction, gather, is_cityscapes, join_processes, progress,
                   rank, read_classes, read_split, refuse_to_overwrite, run_script, say, world_size,
                   write_synthetic, write_whole)
-from eval import (MODELS, Method, add_device_arguments, autocast, evaluate, metrics_table,
-                  segment_video, without_nan)
-from mrcfa import MRCFA, OFFSETS, build_model, load_weights, model_arguments, mrcfa_loss
+from eval import (MODELS, add_device_arguments, autocast, evaluate, metrics_table, segment_video,
+                  without_nan)
+from mrcfa import (MRCFA, OFFSETS, build_model, load_weights, model_arguments, mrcfa_loss,
+                   with_path)
 from segformer import STRIDE, InputError, load_strictly, read_checkpoint, segmentation_loss
 
 # What a data set is trained with unless a flag says otherwise. VSPW's is the recipe of the paper.
@@ -52,7 +52,7 @@ VSPW_RECIPE = {
     "lr": 6e-5,
     "head_lr": 10.0,
     "warmup": 1500,
-    "eval_every": None,         # ten times a training
+    "eval_every": None,         # every tenth of the run
 }
 RECIPES = {
     "vspw": VSPW_RECIPE,
@@ -77,17 +77,16 @@ RECIPES = {
     },
 }
 SYNTHETIC = Path("data/synthetic")
-BETAS = (0.9, 0.999)            # of AdamW,
-WEIGHT_DECAY = 0.01             # but 0 for the encoder's LayerNorms
-WARMUP_START = 1e-6             # the share of the learning rate that the warm-up begins with
+BETAS = (0.9, 0.999)            # AdamW's betas
+WEIGHT_DECAY = 0.01             # AdamW's weight decay; 0 for the encoder's LayerNorms
+WARMUP_START = 1e-6             # share of the learning rate at the start of the warm-up
+MOST_LEFT_OUT = 10              # iterations in a row without a finite gradient that end a run
 NOT_SAVED = ("out", "resume", "device")     # arguments that a checkpoint's `config` leaves out
-PROGRESS = ("iteration", "evaluated", "best", "losses", "lines")    # of a Run, in checkpoints
-# Arguments that can't change when a run goes on.
-FIXED = {"model": "--model", "dataset": "--dataset", "reference_stride": "--reference-stride",
-         "refine": "--sar", "aggregate": "--maa", "first_label": "--first-label"}
+# Arguments that a continued run would ignore or misread if they changed.
+FIXED = ("dataset", "first_label", "pretrained", "positive_kernels")
 
 
-def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """The loss of clips (B, T, 3, h, w) with labels (B, T, h, w), or the targets' (B, h, w)."""
     if isinstance(model, MRCFA):
         frame_logits, clip_logits = model(images)
@@ -125,8 +124,7 @@ def lr_factor(i: int, iters: int, warmup: int) -> float:
 def positive_kernels(model: MRCFA):
     """Make SAR's and MAA's kernels positive before training.
 
-    By chance a kernel sums to less than 0: it makes a hole of a map's peak, and ReLU leaves nothing
-    of it.
+    A random kernel may have a negative sum. It turns peaks into valleys, which ReLU removes.
     """
     for module in model.aggregation.modules():
         if isinstance(module, nn.Conv2d):
@@ -134,13 +132,13 @@ def positive_kernels(model: MRCFA):
 
 
 def leave_signals(_: int):
-    """What a loader's process does about Ctrl-C and SIGTERM: it leaves them to the training."""
+    """Make a loader's process ignore Ctrl-C and SIGTERM: the training process answers them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Run:
-    """A training and its folder: model, checkpoints, log. Of several processes the first writes."""
+    """A training run and its folder: model, checkpoints, log. Only the first process writes."""
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, clips: ClipDataset):
         self.args = args
@@ -151,77 +149,76 @@ class Run:
         self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=BETAS,
                                            fused=args.device.type == "cuda")
         self.iteration = 0
-        self.evaluated = 0                  # the iteration of the last evaluation
         self.best = -1.0                    # mIoU
-        self.losses: list[float] = []       # since the log's last line
-        self.lines: list[str] = []          # of the log
-        self.waited = 0.0                   # seconds for clips, since the log's last line
-        self.logged = time.perf_counter()   # when that was written
-        self.signal = 0                     # that told the run to stop
-        self.evaluating = False
+        self.left_out = 0                   # iterations in a row without a finite gradient
+        self.signal = 0                     # the number of a signal to stop, if one came
 
     # ------------------------------------------------------------------------- the training loop
 
     def train(self, val: list[Video]):
-        """Train from the current iteration to the last one."""
+        """Train from the current iteration to the last one, and evaluate whenever it is due."""
         args = self.args
-        self.in_training_mode()
         samples = self.samples(self.iteration, args.iters)
         batches = iter(DataLoader(self.clips, self.share, sampler=samples,
                                   num_workers=args.workers, worker_init_fn=leave_signals,
                                   pin_memory=args.device.type == "cuda"))
-        if self.evaluation_is_due():        # the run was stopped in it
-            self.evaluate(val)
+        losses = []                         # since the log's last line
+        self.set_training_mode()
         with progress(total=args.iters, initial=self.iteration, desc=args.model, unit="it",
                       disable=rank() > 0) as bar:
-            while self.iteration < args.iters:
-                self.set_learning_rate()
-                loss = self.take_gradient(batches)
-                loss, norm, stop = self.average_over_processes(loss)
-                if not math.isfinite(loss) or not math.isfinite(norm):
-                    self.refuse_step(loss, norm)
-                self.optimizer.step()
-
-                self.iteration += 1
-                self.losses.append(loss)
+            while True:
+                done = self.iteration >= args.iters
+                due = args.eval_every and self.iteration % args.eval_every == 0
+                if done or due and self.iteration > 0:
+                    self.evaluate(val, done)
+                if done:
+                    break
+                loss, norm, stop = self.step(batches)
+                if math.isfinite(loss):
+                    losses.append(loss)
+                mean = np.mean(losses) if losses else math.nan
                 lr = self.optimizer.param_groups[0]["lr"]
-                bar.set_postfix(loss=f"{np.mean(self.losses):.3f}", lr=f"{lr:.1e}", refresh=False)
+                bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", refresh=False)
                 bar.update()
-                due = self.evaluation_is_due()
                 if self.iteration % args.log_every == 0 or self.iteration == args.iters:
-                    self.log_training(lr, norm, bar.format_dict["rate"])
-                if due or stop or self.iteration % args.save_every == 0:
+                    self.log(loss=float(mean), lr=lr, gradient_norm=norm,
+                             iterations_per_second=bar.format_dict["rate"] or math.nan)
+                    losses = []
+                if stop or self.iteration % args.save_every == 0:
                     self.save("last.pt")
                 if stop:
-                    if self.processes > 1:      # until the first process has saved
-                        dist.barrier()
+                    gather("the first process has saved")
                     self.leave("stopped")
-                if due:
-                    self.evaluate(val)
 
-    def set_learning_rate(self):
-        """Give all parameters the learning rate of the iteration."""
-        factor = lr_factor(self.iteration, self.args.iters, self.args.warmup)
+    def step(self, batches) -> tuple[float, float, bool]:
+        """One iteration -> its loss, the norm of its gradient, and whether a process was told to
+        stop. Without a finite gradient nothing changes except the iteration's number."""
+        args = self.args
+        factor = lr_factor(self.iteration, args.iters, args.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-
-    def take_gradient(self, batches) -> torch.Tensor:
-        """Load this process's share of the clips -> their mean loss, and its gradient."""
-        args = self.args
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
         self.optimizer.zero_grad()
-        total = torch.zeros((), device=args.device)
-        for i in range(args.accumulate):
-            start = time.perf_counter()
+        loss = torch.zeros((), device=args.device)
+        for part in range(args.accumulate):
             images, labels = (x.to(args.device, non_blocking=True) for x in next(batches))
-            self.waited += time.perf_counter() - start
-            self.seed_dropout(i)
+            self.seed_dropout(part)
             with autocast(args.device, args.amp):
-                loss = loss_of(self.model, images, labels) / args.accumulate
-            loss.backward()
-            total += loss.detach()
-        return total
+                part_loss = loss_of(self.model, images, labels.long()) / args.accumulate
+            part_loss.backward()
+            loss += part_loss.detach()
+        loss, norm, stop = self.average_over_processes(loss)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            self.left_out = 0
+        else:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            self.report_left_out(loss, norm)
+        self.iteration += 1
+        return loss, norm, stop
 
-    def average_over_processes(self, loss: torch.Tensor) -> tuple[float, float, bool]:
+    def average_over_processes(self, loss: Tensor) -> tuple[float, float, bool]:
         """Average the gradient over all processes -> the mean loss, the norm of its gradient, and
         whether one of them was told to stop."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -231,19 +228,22 @@ class Run:
             dist.all_reduce(vector)
             vector_to_parameters(vector / self.processes, [*gradients, status])
         norm = get_total_norm(gradients)
-        # The one copy from the device in an iteration:
+        # The only copy from the device in an iteration.
         loss, stop, norm = torch.cat([status, norm[None]]).tolist()
         return loss, norm, stop > 0
 
-    def refuse_step(self, loss: float, norm: float):
-        """End the run before a loss or gradient that isn't finite spoils the weights."""
+    def report_left_out(self, loss: float, norm: float):
+        """Warn of an iteration without a finite gradient. End the run after several in a row."""
+        self.left_out += 1
         first = self.iteration * self.args.batch_size
         clips = [self.clips.choose(i)[0] for i in range(first, first + self.args.batch_size)]
         targets = ", ".join(str(clip.frames[-1]) for clip in clips)
-        say(f"\nstopped: the loss of iteration {self.iteration} is {loss}, the norm of its "
-            f"gradient {norm}, of the clips that end with {targets}; {self.args.out / 'last.pt'} "
-            "is from before it")
-        sys.exit(1)
+        say(f"\nwarning: iteration {self.iteration} is left out: its loss is {loss}, the norm of "
+            f"its gradient {norm}; its clips end with {targets}")
+        if self.left_out == MOST_LEFT_OUT:
+            say(f"stopped: the last {MOST_LEFT_OUT} iterations had no finite gradient; look at "
+                "their frames, or continue with a lower --lr or with --amp none")
+            sys.exit(1)
 
     def samples(self, start: int, end: int) -> list[int]:
         """Which of the data set's clips this process takes in iterations start ... end - 1."""
@@ -255,127 +255,98 @@ class Run:
         return samples
 
     def seed_dropout(self, part: int):
-        """Let the random numbers of dropout depend on the seed and the first clip alone."""
+        """Make dropout's random numbers depend only on the seed and the first clip."""
         first = self.samples(self.iteration, self.iteration + 1)[part * self.share]
         seed = np.random.SeedSequence((self.args.seed, 2, first)).generate_state(1)[0]
         torch.manual_seed(int(seed))
 
-    def in_training_mode(self):
-        """Set the model to training mode, but for a part that is frozen."""
+    def set_training_mode(self):
+        """Set the model to training mode, except for a frozen part."""
         self.model.train()
         if self.args.freeze_segformer:
             self.model.segformer.eval()
 
     # --------------------------------------------------------------------------------- evaluation
 
-    def evaluation_is_due(self) -> bool:
-        """Whether the current iteration ends with an evaluation that hasn't been."""
-        every = self.args.eval_every
-        planned = self.iteration == self.args.iters or every and self.iteration % every == 0
-        return planned and self.evaluated < self.iteration
-
-    def evaluate(self, videos: list[Video]):
+    def evaluate(self, videos: list[Video], done: bool):
         """Evaluate; print, log, and keep the checkpoint if it is the best so far.
 
-        The last evaluation of an MRCFA has a second row, its single frames: what the references add
-        is the difference.
+        The last evaluation of an MRCFA has a second row, its single frames: the difference is what
+        the references add.
         """
         args = self.args
-        start = time.perf_counter()
         if self.processes > 1:      # the first process's BatchNorm statistics are those in last.pt
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
-        self.model.eval()
-        segment = partial(segment_video, frame_size=args.frame_size)
-        methods = [Method(args.model, partial(segment, model=self.model))]
-        if self.iteration == args.iters and isinstance(self.model, MRCFA):
-            methods.append(Method("single_frames", partial(segment, model=self.model.segformer)))
-        self.evaluating = True      # from here on a signal is answered at once
+        self.save("last.pt")
+        self.model.eval()           # from here on a signal is answered at once
         if self.signal:
             raise KeyboardInterrupt
+        segment = partial(segment_video, frame_size=args.frame_size)
+        methods = {args.model: partial(segment, model=self.model)}
+        if done and isinstance(self.model, MRCFA):
+            methods["single_frames"] = partial(segment, model=self.model.segformer)
         results = evaluate(methods, videos, args.classes, pictures=args.out / "pictures")
-        self.evaluating = False
-        metrics = results[0].compute()
-        self.evaluated = self.iteration
-        self.log(**without_nan(metrics))
+        self.set_training_mode()
+        metrics = results[args.model].compute()
+        self.log(**metrics)
         if metrics["mIoU"] > self.best:
             self.best = metrics["mIoU"]
             self.save("best.pt")
         self.save("last.pt")
         if rank() == 0:
-            names = [method.name for method in methods]
-            tqdm.write(f"iteration {self.iteration}\n{metrics_table(names, results)}")
-        self.in_training_mode()
-        self.logged += time.perf_counter() - start      # no time of training
+            tqdm.write(f"iteration {self.iteration}\n{metrics_table(results)}")
 
     # ------------------------------------------------------------------- checkpoints, log, signals
 
     def save(self, name: str):
-        """Write a checkpoint that rebuilds the model by itself and continues the run."""
+        """Write a checkpoint that holds all it takes to rebuild the model and continue the run."""
         if rank() > 0:
             return
         config = {}
         for key, value in vars(self.args).items():
             if key not in NOT_SAVED:
                 config[key] = str(value) if isinstance(value, Path) else value
-        content = {"model": self.model.state_dict(), "config": config,
-                   "optimizer": self.optimizer.state_dict()}
-        for key in PROGRESS:
-            content[key] = getattr(self, key)
+        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                   "iteration": self.iteration, "best": self.best, "config": config}
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        write_whole(self.args.out / name, buffer.getbuffer(), durable=True)
+        write_whole(self.args.out / name, buffer.getbuffer())
 
     def resume(self, checkpoint: dict):
-        """Take over the state of last.pt, and forget what the log says of later iterations."""
-        load_strictly(self.model, checkpoint["model"])
+        """Take over the state in last.pt."""
+        try:
+            load_strictly(self.model, checkpoint["model"])
+        except InputError as error:
+            raise with_path(self.args.out / "last.pt", error) from None
         groups = checkpoint["optimizer"]["param_groups"]
         for group, own in zip(groups, self.optimizer.param_groups, strict=True):
             group["base_lr"], group["fused"] = own["base_lr"], own["fused"]     # may have changed
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for key in PROGRESS:
-            setattr(self, key, checkpoint[key])
+        self.iteration, self.best = checkpoint["iteration"], checkpoint["best"]
+        say(f"continuing at iteration {self.iteration} of {self.args.iters}")
+
+    def log(self, **values: float):
+        """Append a line to log.jsonl. After a crash an iteration can have two."""
         if rank() == 0:
-            write_whole(self.args.out / "log.jsonl", "".join(self.lines).encode())
-        say(f"going on at iteration {self.iteration} of {self.args.iters}")
-
-    def log_training(self, lr: float, norm: float, speed: float | None):
-        """Add a line on the iterations since the last one to log.jsonl."""
-        now = time.perf_counter()
-        values = {"loss": float(np.mean(self.losses)), "lr": lr,
-                  "gradient_norm": norm, "iterations_per_second": speed,
-                  "waited_for_clips": self.waited / (now - self.logged)}    # a share of the time
-        if self.args.device.type == "cuda":
-            values["peak_MB"] = torch.cuda.max_memory_allocated() / 1e6
-        self.log(**values)
-        self.losses, self.waited, self.logged = [], 0.0, now
-
-    def log(self, **values):
-        """Add a line to log.jsonl."""
-        line = json.dumps({"iteration": self.iteration, **values}) + "\n"
-        self.lines.append(line)
-        if rank() > 0:
-            return
-        path = self.args.out / "log.jsonl"
-        try:
-            with open(path, "a") as file:
-                file.write(line)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+            line = json.dumps({"iteration": self.iteration, **without_nan(values)})
+            with open(self.args.out / "log.jsonl", "a") as file:
+                file.write(line + "\n")
 
     def on_signal(self, number: int, _):
-        """Ctrl-C and the like: end after the iteration, or at once in an evaluation, for which
-        --resume makes up. A second one ends the process, but not under torchrun, which repeats
-        each."""
+        """Stop after the iteration, or at once in an evaluation, which --resume repeats.
+
+        A second signal ends the process, but not under torchrun, which sends each signal twice.
+        """
         if not dist.is_initialized():
             signal.signal(number, signal.SIG_DFL)
+        is_first = not self.signal
         self.signal = number
-        if self.evaluating:
-            self.evaluating = False
+        if is_first and not self.model.training:
             raise KeyboardInterrupt
 
     def leave(self, how: str):
-        """End the process, and say how to go on."""
+        """End the process, and print how to continue."""
         launcher = "torchrun ..." if self.processes > 1 else "python"
         say(f"\n{how} at iteration {self.iteration}; to go on: {launcher} train.py --resume "
             f"--out {shlex.quote(str(self.args.out))}")
@@ -388,92 +359,86 @@ def make_parser() -> ArgumentParser:
     """The flags. What has no default here gets that of the data set's recipe."""
     parser = ArgumentParser(
         description="Train MRCFA or SegFormer on labelled videos. Defaults are those of the "
-                    "synthetic videos; RECIPES in train.py has the other data sets'.",
+                    "synthetic videos; RECIPES in train.py has those of other data sets.",
         formatter_class=HelpFormatter)
     group = parser.add_argument_group("the run")
     group.add_argument("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME",
                        help="mrcfa_b0 ... b5, segformer_b0 ... b5")
     group.add_argument("--dataset", choices=RECIPES,
-                       help="data set, which picks the recipe: by default folder or cityscapes, "
-                            "as --data looks, or else synthetic")
+                       help="data set and its recipe, by default as --data looks like")
     group.add_argument("--data", type=Path, metavar="DIR",
                        help=f"data folder; the synthetic videos are made in {SYNTHETIC} by default")
     group.add_argument("--labels", choices=("dense", "sparse"), default="dense",
-                       help="sparse: frames may lack masks, as in videos that you label yourself")
+                       help="sparse: allow frames without masks")
     group.add_argument("--first-label", type=int, choices=(0, 1), default=1,
                        help="value of the first class in label maps; with 1, 0 is ignored")
     group.add_argument("--out", type=Path, metavar="DIR",
-                       help="folder of this run, by default runs/MODEL; an existing one is only "
-                            "ever continued")
+                       help="folder of this run, never overwritten (default: runs/MODEL)")
     group.add_argument("--resume", action="store_true",
-                       help="continue the run in --out with the flags that it was started with, or "
-                            "begin it")
+                       help="continue the run in --out with its own flags, or start it")
     group.add_argument("--pretrained", metavar="FILE | OWNER/NAME",
                        help="weights to start from: of MiT, SegFormer, a released MRCFA, or a "
                             "last.pt; nvidia/mit-b0 ... are fetched from Hugging Face")
-    group.add_argument("--seed", type=int, default=0, metavar="N",
-                       help="seed of initialisation, clips and dropout; several show the spread")
-    group.add_argument("--workers", type=int, default=2, metavar="N",
-                       help="processes that load clips: more if the network waits for them")
-    group.add_argument("--log-every", type=positive, default=50, metavar="N",
-                       help="iterations to average into a line of log.jsonl")
-    group.add_argument("--save-every", type=positive, default=500, metavar="N",
-                       help="iterations between checkpoints: what a crash costs at most")
-    group.add_argument("--eval-every", type=int, metavar="N",
-                       help="iterations between evaluations, with real data by default a tenth of "
-                            "the training; 0 evaluates at the end alone")
+    group.add_argument("--seed", type=at_least(0), default=0, metavar="N",
+                       help="seed of initialisation, clips and dropout")
+    group.add_argument("--workers", type=at_least(0), default=2, metavar="N",
+                       help="processes that load clips; more if the GPU is idle")
+    group.add_argument("--log-every", type=at_least(1), default=50, metavar="N",
+                       help="iterations per line of log.jsonl")
+    group.add_argument("--save-every", type=at_least(1), default=500, metavar="N",
+                       help="iterations between checkpoints, which a crash can cost")
+    group.add_argument("--eval-every", type=at_least(0), metavar="N",
+                       help="iterations between evaluations, by default a tenth of a run on real "
+                            "data; 0 evaluates only at the end")
 
     group = parser.add_argument_group("clips")
-    group.add_argument("--batch-size", type=positive, metavar="N",
-                       help="clips of an iteration, which all processes share; the paper's are 8")
-    group.add_argument("--dilation", dest="offsets", type=positive, nargs="+", default=OFFSETS,
-                       metavar="N", help="frames back to the references")
-    group.add_argument("--frame-size", type=positive, nargs=2, metavar=("LONG", "SHORT"),
-                       help="scale frames to fit this, here and in evaluation; smaller is faster "
-                            "and coarser")
-    group.add_argument("--scale-range", type=float, nargs=2, metavar=("MIN", "MAX"),
-                       help="range of a random factor on the frames' size; 1 1 leaves it")
-    group.add_argument("--crop", type=positive, nargs=2, metavar=("H", "W"),
-                       help="size of the random crops, multiples of 32; larger needs more memory")
+    group.add_argument("--batch-size", type=at_least(1), metavar="N",
+                       help="clips per iteration, over all processes; the paper has 8")
+    group.add_argument("--dilation", dest="offsets", type=at_least(1), nargs="+", default=OFFSETS,
+                       metavar="N", help="distances of the references, in frames, oldest first")
+    group.add_argument("--frame-size", type=at_least(1), nargs=2, metavar=("LONG", "SHORT"),
+                       help="scale frames to fit this, here and in evaluation")
+    group.add_argument("--scale-range", type=at_least(0.1, float), nargs=2, metavar=("MIN", "MAX"),
+                       help="range of a random factor on the frames' size; 1 1 turns it off")
+    group.add_argument("--crop", type=at_least(1), nargs=2, metavar=("H", "W"),
+                       help="size of random crops, multiples of 32. Half of them are mirrored, so "
+                            "left and right can't be classes")
 
     group = parser.add_argument_group("optimiser")
-    group.add_argument("--accumulate", type=positive, default=1, metavar="N",
-                       help="split each process's share of the clips into N parts, one after the "
-                            "other: less memory")
-    group.add_argument("--iters", type=positive, metavar="N",
+    group.add_argument("--accumulate", type=at_least(1), default=1, metavar="N",
+                       help="split each process's clips into N parts, one after the other, to save "
+                            "memory")
+    group.add_argument("--iters", type=at_least(1), metavar="N",
                        help="iterations, over which the learning rate falls to 0")
-    group.add_argument("--lr", type=float, help="learning rate of the encoder; higher from scratch")
-    group.add_argument("--head-lr", type=float, metavar="FACTOR",
-                       help="learning-rate multiplier for all other layers; 1 from scratch")
-    group.add_argument("--warmup", type=int, metavar="N",
-                       help="iterations over which the rate rises, by default as in the recipe "
-                            "but at most a tenth of the training")
+    group.add_argument("--lr", type=at_least(0, float),
+                       help="learning rate of the encoder; higher from scratch")
+    group.add_argument("--head-lr", type=at_least(0, float), metavar="FACTOR",
+                       help="learning-rate multiplier of all other layers; 1 from scratch")
+    group.add_argument("--warmup", type=at_least(0), metavar="N",
+                       help="iterations over which the rate rises, by default a tenth or fewer")
 
     group = parser.add_argument_group("MRCFA, and what it is without its parts")
     group.add_argument("--reference-stride", type=int, choices=(16, 32),
                        help="stride of the reference tokens; 16 is finer and slower")
     group.add_argument("--freeze-segformer", action="store_true",
-                       help="leave the SegFormer of --pretrained as it is and train the affinities "
-                            "alone: fast, and single frames stay as good as they were")
+                       help="train only MRCFA's own layers, on the SegFormer of --pretrained")
     group.add_argument("--positive-kernels", action=argparse.BooleanOptionalAction,
-                       help="begin SAR's and MAA's convolutions with positive kernels, which "
-                            "learns faster; the paper's may invert")
+                       help="start SAR and MAA with positive kernels: not in the paper, but faster "
+                            "to learn, since random kernels can flip signs")
     group.add_argument("--keep-ratio", type=fraction, metavar="P",
-                       help="share of tokens that STM keeps, by default the paper's; 1 keeps all")
+                       help="share of the tokens that STM keeps, 1 for all (default: the paper's)")
     group.add_argument("--sar", dest="refine", action=argparse.BooleanOptionalAction, default=True,
                        help="refine affinities with SAR")
     group.add_argument("--maa", dest="aggregate", action=argparse.BooleanOptionalAction,
-                       default=True,
-                       help="merge scales with MAA; without, the finest is used alone")
+                       default=True, help="merge scales with MAA, or use only the finest")
     add_device_arguments(parser)
     return parser
 
 
 def parse_args() -> tuple[argparse.Namespace, dict | None]:
-    """The command line: flags, above the run that is continued, above the data set's recipe. With
-    it, the checkpoint of a run that is continued.
+    """The command line, and the checkpoint of a run that is continued.
 
-    It is parsed twice: to find the run or the recipe, and then with their values as defaults.
+    It is parsed twice: to find that run or the recipe, and then with their values as defaults.
     """
     parser = make_parser()
     parser.set_defaults(**RECIPES["synthetic"])     # for --help
@@ -497,75 +462,53 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     check_arguments(parser, args)
     args.data = args.data or SYNTHETIC
     args.device = torch.device(args.device)
-    if checkpoint:
-        check_resumption(args, checkpoint)
+    for name in FIXED if checkpoint else ():
+        before, now = checkpoint["config"][name], getattr(args, name)
+        if before != now:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag}: the run in {args.out} has {before} and can't change to {now}; "
+                         "leave the flag out, or give another --out")
     return args, checkpoint
 
 
-def check_resumption(args: argparse.Namespace, checkpoint: dict):
-    """InputError where the flags are those of another run than the checkpoint's."""
-    path = args.out / "last.pt"
-    for name, flag in FIXED.items():
-        old, new = checkpoint["config"][name], getattr(args, name)
-        if old != new:
-            raise InputError(f"{path}: is of a run with {flag} {old}, but the command says {new}; "
-                             "give it another --out")
-    if args.iters < checkpoint["iteration"]:
-        raise InputError(f"--iters {args.iters}: {path} has {checkpoint['iteration']} iterations "
-                         "already")
-
-
 def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
-    """End the script where a value can't be."""
+    """End the script if arguments are wrong."""
     if args.data is None and args.dataset != "synthetic":
         parser.error(f"--data DIR is missing: the folder of the {args.dataset} data set")
     if args.crop[0] % STRIDE or args.crop[1] % STRIDE:
         parser.error(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}")
-    low, high = args.scale_range
-    if not 0.1 <= low <= high <= 10:
-        parser.error(f"--scale-range {low} {high}: must rise, within 0.1 ... 10")
-    for name in ("seed", "workers", "lr", "head_lr", "warmup", "eval_every"):
-        value = getattr(args, name)
-        if not 0 <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be 0 or more")
+    if args.scale_range[0] > args.scale_range[1]:
+        parser.error("--scale-range: MIN must not be above MAX")
     if args.freeze_segformer and not (args.model.startswith("mrcfa") and args.pretrained):
         parser.error("--freeze-segformer needs an MRCFA as --model, and --pretrained FILE with the "
                      "SegFormer to freeze")
 
 
-def check_batch_size(args: argparse.Namespace):
-    """InputError where the clips of an iteration can't be shared evenly."""
-    if args.batch_size % (world_size() * args.accumulate):
-        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {world_size()} "
-                         f"processes x --accumulate {args.accumulate}")
-
-
 # ----------------------------------------------------------------------------------------- a run
 
 def main():
-    """Train and evaluate as the command line says; as one of several processes under torchrun."""
+    """Train and evaluate as the command line asks, as one of several processes under torchrun."""
     args, checkpoint = parse_args()
     join_processes(args)
-    check_batch_size(args)
+    if args.batch_size % (world_size() * args.accumulate):
+        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {world_size()} "
+                         f"processes x --accumulate {args.accumulate}")
     if not checkpoint:
         refuse_to_overwrite(args.out, "continue that run (--resume) or name another folder (--out)")
         if args.resume:
-            say(f"no run in {args.out} yet: it begins")
+            say(f"no run in {args.out} yet: starting it")
     clips, val = prepare_data(args, checkpoint)
     run = Run(args, prepare_model(args, checkpoint), clips)
     if checkpoint:
         run.resume(checkpoint)
-    if dist.is_initialized():
-        begun = [0] * run.processes
-        dist.all_gather_object(begun, run.iteration)    # and all have seen what is in the folder
-        if len(set(begun)) > 1:
-            raise InputError(f"{args.out}: not all processes find the same run there; several "
-                             "machines must share this folder")
+    if len(set(gather(run.iteration))) > 1:     # and all have seen what is in the folder
+        raise InputError(f"{args.out}: not all processes find the same run there; several machines "
+                         "must share this folder")
     say(what_runs(run, val))
     if rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
     if not checkpoint:
-        run.save("last.pt")     # from here on there is something to resume
+        run.save("last.pt")     # from here on there is a run to resume
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, run.on_signal)
     try:
@@ -582,13 +525,12 @@ def prepare_data(args: argparse.Namespace, checkpoint: dict | None
                  ) -> tuple[ClipDataset, list[Video]]:
     """The training clips and the videos to validate with. Each machine's first process makes or
     fetches what is missing."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or not dist.is_initialized():
+    if not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         if args.dataset == "synthetic" and not args.data.exists():
             write_synthetic(args.data)
         if args.pretrained and not checkpoint:
             download_pretrained(args.pretrained)
-    if dist.is_initialized():
-        dist.barrier()
+    gather("everything is there")
     classes = read_classes(args.data, default=VSPW_CLASSES if args.dataset == "vspw" else ())
     if checkpoint:
         check_same_classes(args.classes, classes, args.out / "last.pt", args.data)
@@ -606,13 +548,17 @@ def prepare_data(args: argparse.Namespace, checkpoint: dict | None
 
 
 def prepare_model(args: argparse.Namespace, checkpoint: dict | None) -> nn.Module:
-    """The model on its device, with the weights that the command line says."""
+    """The model on its device, with the weights that the command line asks for."""
     torch.manual_seed(args.seed)
     model = build_model(args.model, model_arguments(vars(args)))
     if args.positive_kernels and isinstance(model, MRCFA):
         positive_kernels(model)
     if args.pretrained and not checkpoint:
-        load_weights(model, download_pretrained(args.pretrained))
+        path = download_pretrained(args.pretrained)
+        untrained = load_weights(model, path, args.classes)
+        if args.freeze_segformer and untrained:
+            raise InputError(f"--freeze-segformer: {path} has no weights for this SegFormer's "
+                             f"{' and '.join(untrained)}; train a segformer on these videos first")
     elif args.lr == VSPW_RECIPE["lr"] and not args.pretrained:
         say(f"warning: --lr {args.lr:g} is for pretrained weights (--pretrained); from scratch, "
             "--lr 1e-3 --head-lr 1 learns faster")
@@ -624,20 +570,15 @@ def prepare_model(args: argparse.Namespace, checkpoint: dict | None) -> nn.Modul
 
 
 def what_runs(run: Run, val: list[Video]) -> str:
-    """A line that says what is trained, how and on what."""
+    """A line on what is trained, how and on what."""
     args, clips = run.args, run.clips
-    device = str(args.device)
-    if args.device.type == "cuda":
-        device = torch.cuda.get_device_name(args.device)
-    elif torch.version.cuda and not torch.cuda.is_available():
-        device += " (this PyTorch is built for CUDA, but finds no GPU)"
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
     targets = sum(len(targets) for directions in clips.directions for _, targets in directions)
-    left_out = f" ({clips.too_short} are too short for --dilation)" if clips.too_short else ""
-    return (f"{args.model}, training {trained:.1f} M parameters on {run.processes} x {device} in "
-            f"{args.amp or 'float32'}: {args.iters} iterations of {args.batch_size} clips, "
-            f"{run.share} at a time in each process; training videos: {len(clips.videos)}{left_out}"
-            f" with {targets} possible clips; validation videos: {len(val)}")
+    too_short = f" ({clips.too_short} are too short for --dilation)" if clips.too_short else ""
+    return (f"{args.model}, training {trained:.1f} M parameters on {run.processes} x {args.device} "
+            f"with --amp {args.amp}: {args.iters} iterations of {args.batch_size} clips, "
+            f"{run.share} at a time; {len(clips.videos)} training videos{too_short} with {targets} "
+            f"possible clips; {len(val)} validation videos")
 
 
 if __name__ == "__main__":
