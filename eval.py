@@ -26,7 +26,8 @@ from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE,
                   list_frames, network_input, progress, rank, read_classes, read_frame, read_frames,
                   read_index_map, read_labels, read_split, refuse_to_overwrite, run_script,
                   world_size, write_image)
-from mrcfa import MRCFA, load_checkpoint, read_weights, reference_indices, with_path
+from mrcfa import (MRCFA, as_maps, load_checkpoint, read_weights, reference_indices,
+                   with_path)
 from segformer import EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_strictly, read_checkpoint
 
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
@@ -617,7 +618,7 @@ def reconstruction_steps(model: MRCFA, queries: Sequence[Tensor], reference
     sar = model.aggregation
     steps = {"A4 (target stride 32)": A4, "A3 (target stride 16)": A3, "A2 (target stride 8)": A2,
              "SAR: G4(A4)": sar.g4(A4), "SAR: G3(A3)": sar.g3(A3), "SAR: G2(A2)": sar.g2(A2),
-             "MAA: M2": M2, "B: weights": B}
+             "MAA: M2": M2, "B: weights": as_maps(B, M2.shape[-2:])}
     for name, maps in steps.items():
         channels = maps[0].unflatten(0, (kept.shape[1], -1))    # b1 has two per token
         steps[name] = channels.mean(1).cpu()

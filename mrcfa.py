@@ -200,14 +200,14 @@ class Reference(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """The steps of `MRCFA.reconstruct`. Each token has one map over the target's positions."""
+    """The steps of `MRCFA.reconstruct` with one reference."""
     kept: Tensor    # indices of the tokens that STM keeps, (b, m)
-    A2: Tensor      # affinity maps of these, (b, m, h_l, w_l)
+    A2: Tensor      # their affinity maps over the target, (b, m, h_l, w_l)
     A3: Tensor
     A4: Tensor
     M2: Tensor      # the same after SAR and MAA, (b, m, h_2, w_2)
-    B: Tensor       # weights of the tokens' values, (b, m, h_2, w_2)
-    O: Tensor       # the target's features, read from this reference, (b, 256, h_2, w_2)
+    B: Tensor       # weights of the tokens' values, (b, n_2, m)
+    O: Tensor       # O_i, the target's features read from this reference, (b, 256, h_2, w_2)
 
 
 class MRCFA(nn.Module):
@@ -356,9 +356,9 @@ class MRCFA(nn.Module):
             M2 = self.aggregation(A2, A3, A4)                           # (b, m, h_2, w_2)
 
             # Each position of the target reads the values of the tokens with the weights B.
-            B = M2.softmax(1)                                           # over the tokens
+            B = as_sequence(M2).softmax(-1)                             # (b, n_2, m), over tokens
             V = take_tokens(reference.value, kept)                      # (b, m, 256)
-            O = as_maps(as_sequence(B) @ V, size2)                      # (b, 256, h_2, w_2)
+            O = as_maps(B @ V, size2)                                   # (b, 256, h_2, w_2)
         return Reconstruction(kept, A2, A3, A4, M2, B, O)
 
     def to_reference_stride(self, x: Tensor, grid: Sequence[int]) -> Tensor:

@@ -397,7 +397,7 @@ def test_target_reads_only_what_it_is_given():
         features, fused = model.encode(clip[0])
         reference = model.keys_and_values(features, model.at_stride_8(fused))
         kept, A2, A3, A4, M2, B, output = model.reconstruct(model.queries(features), reference)
-    assert [x.shape[1] for x in (kept, A2, A3, A4, M2, B)] == [1] * 6
+    assert [x.shape[1] for x in (kept, A2, A3, A4, M2, B.mT)] == [1] * 6
     assert (B == 1).all() and output.shape == (4, 256, 8, 12)
     value = reference.value.gather(1, kept[..., None].expand(-1, -1, 256))
     torch.testing.assert_close(output, value.mT[..., None].expand_as(output))
