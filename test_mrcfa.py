@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 import zlib
 from pathlib import Path
 
@@ -23,7 +24,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import eval as evaluation
@@ -510,24 +510,6 @@ def test_model_and_stream_refuse_what_they_cannot_take():
             MRCFA(**{"variant": "b0", **wrong})
 
 
-class CountOperations(TorchDispatchMode):
-    """Count what PyTorch dispatches: what an accelerator would have to be told one by one."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
-def test_a_training_step_does_not_starve_an_accelerator():
-    model = MRCFA("b1", 5).train()
-    clips, labels = torch.randn(8, 4, 3, 64, 64), torch.randint(0, 5, (8, 4, 64, 64))
-    with CountOperations() as operations:
-        mrcfa_loss(*model(clips), labels)
-    assert operations.count <= 4000
-
-
 # ------------------------------------------------------------------------------------------ weights
 
 def test_nvlabs_weights_go_into_encoder_segformer_and_mrcfa(tmp_path):
@@ -545,7 +527,9 @@ def test_nvlabs_weights_go_into_encoder_segformer_and_mrcfa(tmp_path):
     load_pretrained(model, {"state_dict": whole})
     assert_golden(model(clip_for(4, 64, 96)[0, -1:]), GOLDEN_B0["single_frame"])
     with pytest.warns(UserWarning, match=r"classifier skipped.* \(124, .* model's \(7, "):
-        load_pretrained(SegFormer("b0", 7), whole)
+        assert load_pretrained(SegFormer("b0", 7), whole) == ["classifier"]
+    with pytest.warns(UserWarning, match=r"head skipped.* \(256, .* model's \(768, "):
+        assert load_pretrained(SegFormer("b0", 124, 768), whole) == ["head", "classifier"]
 
 
 HUGGING_FACE = {
@@ -1006,6 +990,26 @@ def test_masks_of_other_kinds_are_refused(tmp_path):
     assert read_labels(tmp_path / "coloured.png", (6, 4), 3).getextrema() == (0, 0)
 
 
+def test_predicted_masks_are_read_by_their_colours(tmp_path):
+    """Editors and optimisers renumber the palette of a mask that they save."""
+    assert len(data.PALETTE_INDEX) == 256       # no two classes have one colour
+    label = np.arange(24, dtype=np.uint8).reshape(4, 6) % 5
+    label[0, 0] = 255
+    colours = np.array(data.PALETTE).reshape(-1, 3)
+    order = np.array([3, 255, 0, 4, 2, 1])      # the class that each new index stands for
+    edited = Image.fromarray(np.argsort(order)[np.searchsorted(np.sort(order), label)]
+                             .astype(np.uint8))
+    edited.putpalette(colours[order].ravel().tolist())
+    edited.save(tmp_path / "edited.png")
+    assert np.array_equal(read_labels(tmp_path / "edited.png", (6, 4), 5, first_label=0), label)
+    with pytest.raises(InputError, match="edited.png: has the colours of a predicted mask"):
+        read_labels(tmp_path / "edited.png", (6, 4), 5, first_label=1)
+    black = Image.new("P", (6, 4), 0)           # and it alone tells nothing
+    black.putpalette([0, 0, 0, 128, 0, 0])
+    black.save(tmp_path / "black.png")
+    assert read_labels(tmp_path / "black.png", (6, 4), 5, first_label=0).getextrema() == (0, 0)
+
+
 def test_text_files_are_utf8(tmp_path):
     path = tmp_path / "classes.txt"
     for encoding in ("utf-8", "utf-8-sig"):
@@ -1292,6 +1296,9 @@ def test_a_resumed_training_takes_new_flags(videos, tmp_path, run, monkeypatch):
     for i, seed in enumerate((0, 0, 1), 2):
         assert run(training, "--resume", "--out", tmp_path / "run", "--iters", i, "--lr", 1e-5,
                    "--head-lr", 2, "--amp", "bf16", "--seed", seed) == 0
+    assert saved(tmp_path / "run")["config"]["amp"] == "bf16"
+    assert run(training, "--resume", "--out", tmp_path / "run", "--amp", "none") == 0
+    assert saved(tmp_path / "run")["config"]["amp"] == "none"
     groups = saved(tmp_path / "run")["optimizer"]["param_groups"]
     assert [group["base_lr"] for group in groups] == [1e-5, 1e-5, 2e-5]
     assert [group["weight_decay"] for group in groups] == [0.01, 0, 0.01]
@@ -1480,6 +1487,28 @@ def test_a_frozen_segformer_stays_as_it_was(videos, tmp_path, run, capsys):
     assert not torch.equal(second["aggregation.g2.convs.0.weight"], start.g2.convs[0].weight)
 
 
+def test_what_no_file_has_trained_is_not_frozen(videos, tmp_path, run, capsys):
+    encoder, wide, other, order = (tmp_path / f"{name}.pt" for name in "abcd")
+    torch.save(mit("b0").state_dict(), encoder)
+    torch.save(SegFormer("b0", 3, embed_dim=768).state_dict(), wide)
+    torch.save(SegFormer("b0", 7).state_dict(), other)
+    write_checkpoint(order, SegFormer("b0", 3), "segformer_b0")
+    torch.save(saved(order.parent, order.name) | {
+        "config": saved(order.parent, order.name)["config"] | {"classes": ["car", "sky", "road"]},
+    }, order)
+    args = [training, "--data", videos, "--iters", 1, "--lr", 0, *SMALL, "--pretrained"]
+    for path, parts in ((encoder, "head and classifier"), (wide, "head and classifier"),
+                        (other, "classifier"), (order, "classifier")):
+        with warnings.catch_warnings(record=True):
+            assert run(*args, path, "--freeze-segformer", "--out", tmp_path / "frozen") == 2
+        assert f"{path} has no weights for this SegFormer's {parts};" in capsys.readouterr().err
+    assert run(*args, order, "--out", tmp_path / "tuned", "--model", "segformer_b0") == 0
+    assert "other classes or another order: car, sky, road" in capsys.readouterr().err
+    for name, same in (("head.fuse.weight", True), ("classifier.1.weight", False)):
+        pair = saved(order.parent, order.name)["model"][name], saved(tmp_path / "tuned")["model"]
+        assert torch.equal(pair[0], pair[1][name]) == same
+
+
 def test_a_checkpoint_rebuilds_its_model(tmp_path):
     path, wrong = tmp_path / "last.pt", tmp_path / "wrong.pt"
     for name, model in (("mrcfa_b0", MRCFA("b0", 3, 16)), ("segformer_b0", SegFormer("b0", 3))):
@@ -1665,6 +1694,38 @@ def test_a_training_is_the_same_on_any_number_of_processes(videos, tmp_path, run
     assert all(line["gradient_norm"] > 0 for line in log[:-1])
 
 
+def start_with_an_infinite_loss(args: list, group: tuple, told: Path):
+    """One of two processes; the second one's second loss is infinite. LOCAL_RANK is not set."""
+    join(*group)
+    del os.environ["LOCAL_RANK"]        # as on a cluster with one process in each pod
+    calls, real, train = iter(range(9)), training.loss_of, training.Run.train
+
+    def loss_of(*a):
+        return real(*a) * (math.inf if next(calls) == group[0] == 1 else 1)
+
+    def train_and_tell(self, *a):
+        train(self, *a)
+        torch.save(self.model.state_dict(), told)
+
+    training.loss_of, training.Run.train = loss_of, train_and_tell
+    sys.argv = ["train.py", *map(str, args)]
+    data.run_script(training.main)
+
+
+def test_an_infinite_loss_of_one_process_is_left_out_by_all(videos, tmp_path, capfd):
+    args = ["--model", "segformer_b0", "--data", videos, "--iters", 3, *SMALL, "--out",
+            tmp_path / "run"]
+    port = free_port()
+    assert processes(*((args, (rank, 2, port), tmp_path / f"{rank}.pt") for rank in range(2)),
+                     target=start_with_an_infinite_loss) == [0, 0]
+    assert capfd.readouterr().err.count("iteration 1 is left out: its loss is inf") == 1
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for key, value in first.items():
+        assert torch.equal(value, second[key]) and value.isfinite().all(), key
+    assert {int(state["step"]) for state in saved(tmp_path / "run")["optimizer"]["state"].values()
+            } == {2}
+
+
 @pytest.mark.parametrize("accident, codes, message", [
     ("spoilt frame", {2}, "train.py: frame 7 is spoilt"),
     ("out of memory", {2}, "train.py: out of memory"),
@@ -1804,6 +1865,15 @@ def test_logits_that_are_not_finite_are_refused(videos, tmp_path, run, capsys):
     nan = {"decode_head.linear_fuse.conv.weight": torch.full((256, 1024, 1, 1), math.nan)}
     assert run(evaluation, *released_arguments(tmp_path, change=nan), "--data", videos) == 2
     assert "00000.jpg: the network's output is not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_evaluation_without_amp_is_in_float32(amp, videos):
+    """cuDNN's convolutions would round float32 to TF32 on recent GPUs."""
+    model, seen = SegFormer("b0", 3).eval(), []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    list(evaluation.segment_video(read_split(videos, "val")[0], model, (96, 64), amp))
+    assert seen == [amp == "bf16"] * 18 and torch.backends.cudnn.allow_tf32
 
 
 def test_no_memory_is_not_called_a_spoilt_file(videos, tmp_path, run, monkeypatch, capsys):
@@ -2105,6 +2175,20 @@ def test_training_takes_a_few_labelled_frames(videos, tmp_path, run, run_broken,
     keep_masks(videos, {"v": []})
     assert run(training, *args, "--labels", "sparse", "--out", tmp_path / "none") == 2
     assert "mask/00000.png: no such mask; 0 of this video's 18 frames" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix, read", [(".PNG", True), (".bmp", False), (".tif", False)])
+def test_no_mask_is_passed_over(suffix, read, videos):
+    keep_masks(videos, {"a": [1, 5]})
+    path = videos / "data/a/mask/00001.png"
+    Image.open(path).save(path.with_suffix(suffix))
+    path.unlink()
+    if read:
+        video = read_split(videos, "train", sparse=True)[0]
+        assert [mask and mask.name for mask in video.masks[1::4]] == ["00001.PNG", "00005.png"]
+        return
+    with pytest.raises(InputError, match=f"00001{suffix}: is not a PNG with the name of a frame"):
+        read_split(videos, "train", sparse=True)
 
 
 def test_sparse_clips_end_at_labelled_frames(videos):
