@@ -636,11 +636,7 @@ def write_synthetic(root: Path):
                     write_image(labels, made / "data" / name / "mask" / f"{t:05d}.png")
             write_whole(made / f"{split}.txt", ("\n".join(names) + "\n").encode())
         write_whole(made / "classes.txt", ("\n".join(SYNTHETIC_CLASSES) + "\n").encode())
-        try:
-            made.rename(root)
-        except OSError:
-            if not root.exists():               # else another machine's process was faster
-                raise
+        made.rename(root)
 
 
 def synthetic_video(rng: np.random.Generator) -> Iterator[tuple[Image.Image, Image.Image]]:
@@ -952,12 +948,8 @@ def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequenc
     largest = logits.max(0).indices.to(torch.uint8)                     # (h, w)
     rows, row_weights = positions_read(h, network_size[0], frame_size[0])
     columns, column_weights = positions_read(w, network_size[1], frame_size[1])
-    lowest = highest = largest
-    for dim, positions in ((1, columns), (0, rows)):                    # of all that a pixel reads
-        lowest = extremum(lowest, positions, dim, torch.minimum)
-        highest = extremum(highest, positions, dim, torch.maximum)
-    mask = lowest                                                       # (H, W)
-    undecided = lowest != highest
+    mask = largest[:, columns].amin(2)[rows].amin(1)                    # (H, W)
+    undecided = mask != largest[:, columns].amax(2)[rows].amax(1)
     if undecided.count_nonzero() > SPARSE_SHARE * mask.numel():
         return interpolate_and_decode(logits, network_size, frame_size)
 
@@ -988,11 +980,3 @@ def bilinear_matrix(size: int, new_size: int) -> Tensor:
     """The (new_size, size) matrix that resizes one side of an image bilinearly."""
     identity = torch.eye(size, device="cpu")
     return F.interpolate(identity[None, None], (new_size, size), mode="bilinear")[0, 0]
-
-
-def extremum(x: Tensor, positions: Tensor, dim: int, of_two) -> Tensor:
-    """The smallest or largest of x along `dim` over each row of `positions` (n, few)."""
-    result = x.index_select(dim, positions[:, 0])
-    for column in positions.T[1:]:
-        result = of_two(result, x.index_select(dim, column))
-    return result

@@ -615,10 +615,12 @@ def reconstruction_steps(model: MRCFA, queries: Sequence[Tensor], reference
                          ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the tokens (m,) that STM keeps, and the maps (m, h_l, w_l) of each step after it."""
     kept, A2, A3, A4, M2, B, _ = model.reconstruct(queries, reference)
+    size2, size3, size4 = (Q.shape[1:3] for Q in queries)
+    A2, A3, A4, B = as_maps(A2, size2), as_maps(A3, size3), as_maps(A4, size4), as_maps(B, size2)
     sar = model.aggregation
     steps = {"A4 (target stride 32)": A4, "A3 (target stride 16)": A3, "A2 (target stride 8)": A2,
              "SAR: G4(A4)": sar.g4(A4), "SAR: G3(A3)": sar.g3(A3), "SAR: G2(A2)": sar.g2(A2),
-             "MAA: M2": M2, "B: weights": as_maps(B, M2.shape[-2:])}
+             "MAA: M2": M2, "B: weights": B}
     for name, maps in steps.items():
         channels = maps[0].unflatten(0, (kept.shape[1], -1))    # b1 has two per token
         steps[name] = channels.mean(1).cpu()

@@ -202,10 +202,10 @@ class Reference(NamedTuple):
 class Reconstruction(NamedTuple):
     """The steps of `MRCFA.reconstruct` with one reference."""
     kept: Tensor    # indices of the tokens that STM keeps, (b, m)
-    A2: Tensor      # their affinity maps over the target, (b, m, h_l, w_l)
+    A2: Tensor      # the target's affinities to them, (b, n_l, m)
     A3: Tensor
     A4: Tensor
-    M2: Tensor      # the same after SAR and MAA, (b, m, h_2, w_2)
+    M2: Tensor      # the same after SAR and MAA, as maps (b, m, h_2, w_2)
     B: Tensor       # weights of the tokens' values, (b, n_2, m)
     O: Tensor       # O_i, the target's features read from this reference, (b, 256, h_2, w_2)
 
@@ -338,22 +338,21 @@ class MRCFA(nn.Module):
         Q2, Q3, Q4 = (Q.flatten(1, 2) for Q in queries)                 # (b, n_l, C_l)
         with without_autocast(reference.value):
             # Cross-frame affinities A = Q K^T: of all tokens at stride 32. By these STM keeps some.
-            A4 = Q4 @ reference.key4.mT                                 # (b, n_4, n_4 of the ref.)
+            A4_all = Q4 @ reference.key4.mT                             # (b, n_4, n_4 of the ref.)
             if self.aggregation.aggregate:
-                ranks = self.to_reference_stride(importance(A4), size4)
+                ranks = self.to_reference_stride(importance(A4_all), size4)     # (b, 1, N)
             else:                           # nothing trains A^4 then; A^2 takes its place
                 ranks = importance(Q2 @ reference.key2.mT)
             kept = selective_token_masking(ranks, self.keep_ratio)      # (b, m)
 
-            # The affinities of these tokens. At the finer scales no others are ever computed.
-            A4 = self.to_reference_stride(A4, size4)                    # (b, n_4, N)
-            A4 = take_tokens(A4.mT, kept).mT.contiguous()               # (b, n_4, m)
+            # The affinities of these tokens. At the finer scales no others are needed.
+            A4_fine = self.to_reference_stride(A4_all, size4)           # (b, n_4, N)
+            A4 = take_tokens(A4_fine.mT, kept).mT.contiguous()          # (b, n_4, m)
             A3 = Q3 @ take_tokens(reference.key3, kept).mT              # (b, n_3, m)
             A2 = Q2 @ take_tokens(reference.key2, kept).mT              # (b, n_2, m)
 
-            # SAR and MAA. The tokens move from the last axis to the second: a map for each.
-            A2, A3, A4 = as_maps(A2, size2), as_maps(A3, size3), as_maps(A4, size4)
-            M2 = self.aggregation(A2, A3, A4)                           # (b, m, h_2, w_2)
+            # SAR and MAA. In the maps the tokens are the second axis, no longer the last one.
+            M2 = self.aggregation(as_maps(A2, size2), as_maps(A3, size3), as_maps(A4, size4))
 
             # Each position of the target reads the values of the tokens with the weights B.
             B = as_sequence(M2).softmax(-1)                             # (b, n_2, m), over tokens

@@ -416,18 +416,15 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if DEAD_KEYS.fullmatch(key):
             continue
         key = re.sub(r"^(backbone|segformer\.encoder|segformer|encoder|decode_head)\.", "", key)
-        key = re.sub(r"^(patch_embed|block|norm|linear_c)([1-4])\.", count_from_zero, key)
+        nvlabs = re.match(r"(patch_embed|block|norm|linear_c)([1-4])\.", key)
+        if nvlabs:                                      # counts stages from 1
+            key = f"{nvlabs[1]}.{int(nvlabs[2]) - 1}.{key[nvlabs.end():]}"
         for pattern, ours in RENAMES:
             key = re.sub(pattern, ours, key)
         if re.search(r"\.mlp\.fc\d\.weight$", key):
             value = value.flatten(1)                    # mmsegmentation has 1x1 convolutions
         renamed[key] = value
     return join_keys_and_values(renamed)
-
-
-def count_from_zero(match: re.Match) -> str:
-    """NVlabs counts stages from 1: patch_embed1. -> patch_embed.0."""
-    return f"{match[1]}.{int(match[2]) - 1}."
 
 
 def join_keys_and_values(state: dict[str, Tensor]) -> dict[str, Tensor]:

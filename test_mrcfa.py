@@ -3,6 +3,7 @@
 The golden numbers come from the released MRCFA code: its answers, at six places of each output, to
 weights and clips that are functions of a name and a seed (`tensor_for`, `clip_for`).
 """
+import csv
 import errno
 import http.server
 import io
@@ -397,7 +398,7 @@ def test_target_reads_only_what_it_is_given():
         features, fused = model.encode(clip[0])
         reference = model.keys_and_values(features, model.at_stride_8(fused))
         kept, A2, A3, A4, M2, B, output = model.reconstruct(model.queries(features), reference)
-    assert [x.shape[1] for x in (kept, A2, A3, A4, M2, B.mT)] == [1] * 6
+    assert [x.shape[-1] for x in (kept, A2, A3, A4, B)] == [1] * 5 and M2.shape[1] == 1
     assert (B == 1).all() and output.shape == (4, 256, 8, 12)
     value = reference.value.gather(1, kept[..., None].expand(-1, -1, 256))
     torch.testing.assert_close(output, value.mT[..., None].expand_as(output))
@@ -443,32 +444,20 @@ def test_stm_ranks_tokens_by_affinities_that_are_trained(aggregate, ranked_by):
 
 
 @pytest.mark.parametrize("target_only", [False, True])
-def test_loss_is_the_papers_and_so_are_its_gradients(target_only):
-    torch.manual_seed(0)
+def test_loss_is_the_papers(target_only):
     frame_logits, clip_logits = torch.randn(2, 2, 3, 5, 8, 10, dtype=torch.float64)
-    frame_logits.requires_grad_()
-    clip_logits.requires_grad_()
-    labels = torch.randint(0, 5, (2, 3, 75, 40))    # more than two bands of rows
+    labels = torch.randint(0, 5, (2, 3, 75, 40))
     labels[..., :7] = 255
-    if target_only:
-        labels = labels[:, -1]
 
-    def cross_entropy(logits, label):
+    def cross_entropy(logits, label):       # of one frame
         full = F.interpolate(logits, (75, 40), mode="bilinear")
         return F.cross_entropy(full, label, ignore_index=255, reduction="none").mean()
 
-    if target_only:
-        target, frame_loss = labels, cross_entropy(frame_logits[:, -1], labels)
-    else:
-        target = labels[:, -1]
-        frame_loss = sum(cross_entropy(frame_logits[:, t], labels[:, t]) for t in range(3)) / 3
-    clip_loss = sum(cross_entropy(clip_logits[:, t], target) for t in range(3)) / 3
-    expected = 0.5 * frame_loss + clip_loss
-    loss = mrcfa_loss(frame_logits, clip_logits, labels)
-    torch.testing.assert_close(loss, expected)
-    both = (frame_logits, clip_logits)
-    for ours, plain in zip(torch.autograd.grad(loss, both), torch.autograd.grad(expected, both)):
-        torch.testing.assert_close(ours, plain)
+    frames = [2] if target_only else [0, 1, 2]
+    frame_loss = sum(cross_entropy(frame_logits[:, t], labels[:, t]) for t in frames) / len(frames)
+    clip_loss = sum(cross_entropy(clip_logits[:, t], labels[:, 2]) for t in range(3)) / 3
+    loss = mrcfa_loss(frame_logits, clip_logits, labels[:, 2] if target_only else labels)
+    torch.testing.assert_close(loss, 0.5 * frame_loss + clip_loss)
 
 
 def test_training_goes_on_after_a_validation_loss_in_inference_mode():
@@ -478,6 +467,13 @@ def test_training_goes_on_after_a_validation_loss_in_inference_mode():
         segmentation_loss(model(clip), labels[:, -1])
     mrcfa_loss(*model.train()(clip), labels).backward()
     assert model.query2.weight.grad.isfinite().all()
+
+
+def test_the_loss_is_computed_in_float32_at_least():
+    logits, labels = torch.randn(2, 5, 16, 16, dtype=torch.float64), torch.ones(2, 64, 64).long()
+    assert segmentation_loss(logits, labels).dtype == torch.float64
+    half = logits.bfloat16()
+    assert torch.equal(segmentation_loss(half, labels), segmentation_loss(half.float(), labels))
 
 
 def test_loss_counts_ignored_pixels_and_refuses_other_labels():
@@ -1297,8 +1293,10 @@ def test_a_resumed_training_takes_new_flags(videos, tmp_path, run, monkeypatch):
         assert run(training, "--resume", "--out", tmp_path / "run", "--iters", i, "--lr", 1e-5,
                    "--head-lr", 2, "--amp", "bf16", "--seed", seed) == 0
     assert saved(tmp_path / "run")["config"]["amp"] == "bf16"
+    torch.save(saved(tmp_path / "run") | {"best": 2.0}, tmp_path / "run/last.pt")
     assert run(training, "--resume", "--out", tmp_path / "run", "--amp", "none") == 0
     assert saved(tmp_path / "run")["config"]["amp"] == "none"
+    assert saved(tmp_path / "run")["best"] == 2.0       # and best.pt stays as it is
     groups = saved(tmp_path / "run")["optimizer"]["param_groups"]
     assert [group["base_lr"] for group in groups] == [1e-5, 1e-5, 2e-5]
     assert [group["weight_decay"] for group in groups] == [0.01, 0, 0.01]
@@ -2231,8 +2229,11 @@ def commands_in(text: str) -> list[tuple[str, list[str]]]:
     lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     lines += [code.replace("\n", " ") for code in re.findall(r"`(python [^`]+)`", prose)]
+    variables = re.findall(r'^(\w+)="(.*)"$', text, re.MULTILINE)
     commands = []
     for line in lines:
+        for name, value in variables:
+            line = line.replace(f"${name}", value)
         for script, arguments in re.findall(r"\b(train|eval)\.py([^&]*)", line.split("#")[0]):
             if not any(word in arguments for word in ("--resume", "--help", "...")):
                 commands.append((script, arguments.replace(" N", " 1").split()))
@@ -2259,3 +2260,27 @@ def test_readme_runs_as_printed(videos, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
         # This exits where there is no such flag.
         {"train": training, "eval": evaluation}[script].parse_args()
+
+
+@pytest.mark.parametrize("name, runs", [
+    ("Synthetic", ("default", "default")),
+    ("DAVIS", ("SegFormer-9k, 1500 more", "frozen SegFormer-9k, 1500")),
+    ("DAVIS, SegFormer trained longer first",
+     ("SegFormer-21k, 1500 more", "frozen SegFormer-21k, 1500")),
+    ("CamVid", ("10500, 1500 more", "frozen 10500, 1500")),
+])
+def test_readmes_results_are_means_of_the_runs(name, runs):
+    folder = Path(__file__).parent
+    with open(folder / "assets/runs.csv") as file:
+        rows = list(csv.DictReader(file))
+    line, = re.findall(rf"^\| {name} \| (.*) \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    cells = [float(number) for number in re.findall(r"-?[\d.]+", line.replace("+", ""))]
+    means = []
+    for metric in ("mIoU", "mVC8"):
+        for model, run in zip(("SegFormer", "MRCFA"), runs, strict=True):
+            values = [float(row[metric]) for row in rows if row["data"] == name.split(",")[0]
+                      and row["model"] == model and row["run"] == run]
+            means.append(np.mean(values))
+        means.append(means[-1] - means[-2])
+    assert cells[1:] == pytest.approx(means, abs=0.11)     # of rounded numbers
+    assert cells[0] == len(values) or name == "CamVid"

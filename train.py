@@ -515,8 +515,6 @@ def main():
         run.train(val)
     except KeyboardInterrupt:
         run.leave("interrupted in the evaluation")
-    if run.signal:
-        run.leave("stopped")
     if rank() == 0:
         print(f"the run is in {args.out}: checkpoints, log and pictures")
 
