@@ -936,6 +936,7 @@ def say(text: str):
         print(text, file=sys.stderr)
 
 
+@torch.no_grad()
 def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequence[int]) -> Tensor:
     """The same as `interpolate_and_decode`, on CPUs many times as fast.
 

@@ -1684,6 +1684,8 @@ def test_a_training_is_the_same_on_any_number_of_processes(videos, tmp_path, run
         assert torch.equal(told["two0"]["model"][key], told["two1"]["model"][key]), key
         for other in ("two0", "resumed"):
             torch.testing.assert_close(told[other]["model"][key], value, atol=1e-5, rtol=1e-4)
+    losses = [[line["loss"] for line in log_of(out)[:3]] for out in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     # The metrics of all processes together are those of one.
     result = tmp_path / "metrics.json"
     assert run(evaluation, "--checkpoint", two / "last.pt", "--data", videos, "--json", result) == 0
@@ -1762,7 +1764,10 @@ def start_evaluation(args: list, group: tuple, frame: str = ""):
 
 
 def test_two_processes_evaluate_as_one_does(videos, tmp_path, run, capfd):
-    (videos / "val.txt").write_text("a\nv\nb")
+    shutil.copytree(videos / "data/v", videos / "data/w")
+    for path in (videos / "data/w/mask").iterdir():     # another video, with other metrics
+        Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)
+    (videos / "val.txt").write_text("a\nv\nb\nw")
     released = [*released_arguments(tmp_path), "--data", videos]
 
     def command(number: str) -> list:
@@ -2206,19 +2211,20 @@ def test_evaluation_of_a_few_labelled_frames_uses_all(videos, tmp_path, run):
     args = [evaluation, *released_arguments(tmp_path), "--data", videos]
     dense, sparse, result = tmp_path / "dense", tmp_path / "sparse", tmp_path / "metrics.json"
     assert run(*args, "--save", dense) == 0
-    keep_masks(videos, {"v": [3, 12]})
+    labelled = [t for t in range(18) if t != 5]
+    keep_masks(videos, {"v": labelled})
     assert run(*args, "--labels", "sparse", "--json", result, "--save", sparse, "--pictures",
                tmp_path / "pictures", "--overlay", tmp_path / "over") == 0
     assert files_in(dense) == files_in(sparse) and len(files_in(sparse)) == 18
     expected = SegmentationMetrics(3)
-    for t in (3, 12):
+    for t in labelled:
         label = np.array(read_labels(videos / f"data/v/mask/{t:05d}.png", (96, 64), 3))
         with Image.open(dense / f"v/{t:05d}.png") as mask:
             expected.update(label[None], np.array(mask)[None])
     metrics = json.loads(result.read_text())
     assert metrics == {**expected.compute(), "mVC8": None, "mVC16": None}
     with Image.open(tmp_path / "pictures/v.webp") as animation:
-        assert animation.n_frames == 2
+        assert animation.n_frames == 17
     assert run(evaluation, "--predictions", sparse, "--data", videos, "--labels", "sparse") == 0
 
 
