@@ -268,7 +268,7 @@ def list_frames(folder: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------- images
 
 def read_image(path: Path) -> Image.Image:
-    """Decode an image file, and turn it as its orientation tag says."""
+    """Decode an image file, and turn it by its orientation tag."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -372,7 +372,7 @@ def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
 
     Raises InputError if one can't be used, or if no pixel has a class. Warns of training classes
     that never occur, and of masks that seem to count from 0; if these leave a single class to train
-    on, that is an error, too.
+    on, that is an error as well.
     """
     pairs = []
     for video in videos:
@@ -621,8 +621,8 @@ def write_synthetic(root: Path):
     Coloured objects move before a moving background; an object's texture is its class. In bursts of
     three frames textures are gone, and the picture is dark, noisy or the like: it still shows where
     the objects are and of what colour, but not *what* they are. That can be seen 3, 6 and 9 frames
-    earlier. So other frames are all that helps, and a method must find the same object in
-    them, by its colour.
+    earlier. So only other frames help, and a method must find the same object in them, by its
+    colour.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}", dir=root.parent) as folder:

@@ -98,7 +98,7 @@ class SegmentationMetrics:
 
     def add_consistencies(self, labels: Tensor, predictions: Tensor):
         """Add mVC's windows: of the pixels whose label is constant in a window, the share whose
-        prediction is constant, too."""
+        prediction is also constant."""
         runs = zip(run_lengths(labels), run_lengths(predictions), strict=True)
         for t, (label_run, prediction_run) in enumerate(runs):
             if t == len(labels) - 1:                        # the protocol leaves out the last one
@@ -186,7 +186,7 @@ def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
     stream = model.stream() if isinstance(model, MRCFA) else None
     for path, image in zip(video.frames, read_frames(video.frames), strict=True):
         x = network_input(image, frame_size).to(device)
-        # Without --amp recent GPUs, too, compute in float32. By default they would in TF32.
+        # Without --amp recent GPUs also compute in float32. By default they would use TF32.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=amp == "bf16")
         with torch.no_grad(), exact, autocast(device, amp):
             logits = stream(x) if stream else model(x[None])[0]

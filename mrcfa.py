@@ -2,9 +2,9 @@
 
 Sun, Liu, Tang, Chhatkuli, Zhang, Van Gool, ECCV 2022, arXiv 2207.10436. The target frame is
 segmented with the help of T-1 earlier reference frames. Queries Q come from the target, keys K and
-values V from each reference. At the scales l = 2, 3, 4 the queries have the strides 8, 16, 32. The
-keys of all scales, and the values, are brought to one grid of stride r = 32 (or 16): its cells are
-the reference's tokens. (K^4 has stride 32 already; if r = 16, A^4 is resized instead.)
+values V from each reference. At the scales l = 2, 3, 4 the queries have the strides 8, 16, 32.
+K^2, K^3 and V are brought to one grid of stride r = 32 (or 16); its cells are the reference's
+tokens. K^4 stays at stride 32, so for r = 16 A^4 is resized along the reference's positions.
 
     cross-frame affinities   A^l = Q^l (K^l)^T at the scales l = 2, 3, 4. Column j, reshaped to
                              (h_l, w_l), is the affinity map of reference token j over the target
@@ -17,9 +17,9 @@ the reference's tokens. (K^4 has stride 32 already; if r = 16, A^4 is resized in
     reconstruction           B_i = softmax(M^2) over the tokens of reference i; O_i = B_i V_i
                              O = mean of the O_i + F_hat of the target; a classifier reads O
 
-F is SegFormer's fused feature map at stride 4, and F_hat the same at stride 8. V comes from the
-reference's F_hat. `up` is the paper's Gamma, bilinear upsampling. The paper also has a Gamma around
-the sum of the O_i; the code has none there, because the O_i have stride 8 already.
+F (`fused`) is SegFormer's fused feature map at stride 4, and F_hat the same at stride 8. V comes
+from the reference's F_hat. `up` is the paper's Gamma, bilinear upsampling. The paper also has a
+Gamma around the sum of the O_i; the code has none there, because the O_i have stride 8 already.
 
 Letters in shapes: b clips, T frames per clip, K classes. The encoder's F_l has C_l channels and
 n_l = h_l w_l positions. A reference has N tokens, of which STM keeps m.
@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segformer import (EMBED_DIM, InputError, SegFormer, at_least_float32, classifier,
-                       load_pretrained, load_strictly, read_checkpoint, read_state_dict, rename,
+from segformer import (EMBED_DIM, InputError, SegFormer, at_least_float32, load_pretrained,
+                       load_strictly, make_classifier, read_checkpoint, read_state_dict, rename,
                        segmentation_loss)
 
 OFFSETS = (9, 6, 3)             # distances of the references from the target, oldest first
@@ -64,7 +64,7 @@ STACKS_B1 = {
 
 
 def reference_indices(t: int, offsets: Sequence[int] = OFFSETS) -> list[int]:
-    """Return the T-1 reference frames of target `t` in a video, oldest first; [] if t < T-1.
+    """Return the indices of target t's T-1 references in a video, oldest first; [] if t < T-1.
 
     If t is at most the largest offset, the references are spread evenly over the frames before t.
     """
@@ -87,7 +87,7 @@ def as_maps(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def without_autocast(x: Tensor):
-    """A context in which x keeps its own precision, whatever autocast says outside."""
+    """A context in which x keeps its own precision, even inside an autocast region."""
     if not torch.amp.is_autocast_available(x.device.type):      # as on the meta device
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
@@ -95,9 +95,9 @@ def without_autocast(x: Tensor):
 
 # ---------------------------------------------------------- selective token masking (STM)
 
-def importance(A: Tensor) -> Tensor:
+def token_importance(A: Tensor) -> Tensor:
     """The importance of each token, the sum of the 5 largest entries in its column of A:
-    (b, n_l, N) -> (b, 1, N)."""
+    (b, n_l, tokens) -> (b, 1, tokens), which can be resized like a row of A."""
     top = min(IMPORTANCE_TOP, A.shape[1])
     return A.topk(top, dim=1).values.sum(1, keepdim=True)
 
@@ -119,8 +119,8 @@ class TokenwiseConvs(nn.Module):
     """A stack G of (convolution, GroupNorm, ReLU) that refines the map of each token separately.
 
     `layers` lists (channels in, channels out, kernel). The maps of m tokens go in as
-    (b, m c_in, h, w), with the c_in channels of a token side by side, and come out as
-    (b, m c_out, h, w). The convolutions slide over the target's positions; tokens never mix.
+    (b, m c_in, h, w), with the c_in channels (1, or 2 for b1) of a token side by side, and come
+    out as (b, m c_out, h, w). The convolutions slide over the target's positions; tokens never mix.
     Without layers the stack is the identity.
     """
 
@@ -192,7 +192,7 @@ def up(coarse: Tensor, fine: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------ the model
 
 class Reference(NamedTuple):
-    """Keys and values of b reference frames. Each frame's depend on that frame alone."""
+    """Keys and values of b reference frames, each computed from its own frame only."""
     key2: Tensor    # K^2 (b, N, C_2)
     key3: Tensor    # K^3 (b, N, C_3)
     key4: Tensor    # K^4 (b, n_4, C_4), on the grid of stride 32
@@ -202,12 +202,12 @@ class Reference(NamedTuple):
 class Reconstruction(NamedTuple):
     """The steps of `MRCFA.reconstruct` with one reference."""
     kept: Tensor    # indices of the tokens that STM keeps, (b, m)
-    A2: Tensor      # the target's affinities to them, (b, n_l, m)
+    A2: Tensor      # the target's affinities to them, (b, n_l, m) for l = 2, 3, 4
     A3: Tensor
     A4: Tensor
-    M2: Tensor      # the same after SAR and MAA, as maps (b, m, h_2, w_2)
+    M2: Tensor      # a map for each token after SAR and MAA, (b, m, h_2, w_2)
     B: Tensor       # weights of the tokens' values, (b, n_2, m)
-    O: Tensor       # O_i, the target's features read from this reference, (b, 256, h_2, w_2)
+    O_i: Tensor     # the target's features read from this reference, (b, 256, h_2, w_2)
 
 
 class MRCFA(nn.Module):
@@ -220,9 +220,9 @@ class MRCFA(nn.Module):
     from O_i, and clip_logits[:, -1] from O.
 
     `reference_stride` is r. `offsets` are the distances of the T-1 references from the target in a
-    video: four of them make T = 5, and nothing else changes. `keep_ratio` is STM's p: None is the
-    paper's for the variant, 1 keeps all tokens (no STM). `refine=False` leaves out SAR,
-    `aggregate=False` MAA.
+    video: four of them make T = 5, with one more auxiliary classifier. `keep_ratio` is STM's p:
+    None is the paper's for the variant, 1 keeps all tokens (no STM). `refine=False` leaves out SAR.
+    `aggregate=False` leaves out MAA; STM then ranks tokens by A^2, because nothing trains A^4.
 
     Raises ValueError unless H and W are multiples of 32, and for clips of more than T frames or,
     in training, of fewer.
@@ -263,8 +263,8 @@ class MRCFA(nn.Module):
                 unused.requires_grad_(False)
         self.auxiliary_classifiers = nn.ModuleList()
         for _ in offsets:
-            self.auxiliary_classifiers.append(classifier(EMBED_DIM, num_classes))
-        self.classifier = classifier(EMBED_DIM, num_classes)
+            self.auxiliary_classifiers.append(make_classifier(EMBED_DIM, num_classes))
+        self.classifier = make_classifier(EMBED_DIM, num_classes)
 
     def forward(self, clip: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if clip.ndim != 5:
@@ -286,7 +286,7 @@ class MRCFA(nn.Module):
             of_frame_i = slice(i * batch, (i + 1) * batch)
             reference = self.keys_and_values([F_l[of_frame_i] for F_l in features],
                                              F_hat[of_frame_i])
-            outputs.append(self.reconstruct(queries, reference).O)      # O_i (b, 256, h_2, w_2)
+            outputs.append(self.reconstruct(queries, reference).O_i)    # (b, 256, h_2, w_2)
         O = self.merge(outputs, F_hat[-batch:])
         logits = self.classify(self.classifier, O)                      # (b, K, h_1, w_1)
         if not self.training:
@@ -310,8 +310,8 @@ class MRCFA(nn.Module):
         """F_hat: F (b, 256, h_1, w_1) bilinearly at half the size, which is the mean of 2x2."""
         return F.avg_pool2d(fused, 2)
 
-    # Affinities are unscaled dot products of up to 512 channels, too large for float16. Autocast is
-    # off for all that they are made of.
+    # Affinities are unscaled dot products of up to 512 channels, too large for float16. So queries,
+    # keys, values and affinities are computed with autocast off.
 
     def queries(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Q^2, Q^3, Q^4 of the target, (b, h_l, w_l, C_l), from its [F_1 ... F_4]."""
@@ -337,17 +337,17 @@ class MRCFA(nn.Module):
         size2, size3, size4 = (Q.shape[1:3] for Q in queries)           # h_l, w_l
         Q2, Q3, Q4 = (Q.flatten(1, 2) for Q in queries)                 # (b, n_l, C_l)
         with without_autocast(reference.value):
-            # Cross-frame affinities A = Q K^T: of all tokens at stride 32. By these STM keeps some.
+            # Cross-frame affinities A = Q K^T at the coarsest scale. By these STM ranks the tokens.
             A4_all = Q4 @ reference.key4.mT                             # (b, n_4, n_4 of the ref.)
             if self.aggregation.aggregate:
-                ranks = self.to_reference_stride(importance(A4_all), size4)     # (b, 1, N)
+                importance = self.to_reference_stride(token_importance(A4_all), size4)
             else:                           # nothing trains A^4 then; A^2 takes its place
-                ranks = importance(Q2 @ reference.key2.mT)
-            kept = selective_token_masking(ranks, self.keep_ratio)      # (b, m)
+                importance = token_importance(Q2 @ reference.key2.mT)   # (b, 1, N)
+            kept = selective_token_masking(importance, self.keep_ratio)         # (b, m)
 
-            # The affinities of these tokens. At the finer scales no others are needed.
-            A4_fine = self.to_reference_stride(A4_all, size4)           # (b, n_4, N)
-            A4 = take_tokens(A4_fine.mT, kept).mT.contiguous()          # (b, n_4, m)
+            # The affinities of the kept tokens. At the finer scales no others are needed.
+            A4_tokens = self.to_reference_stride(A4_all, size4)         # (b, n_4, N)
+            A4 = take_tokens(A4_tokens.mT, kept).mT.contiguous()        # (b, n_4, m)
             A3 = Q3 @ take_tokens(reference.key3, kept).mT              # (b, n_3, m)
             A2 = Q2 @ take_tokens(reference.key2, kept).mT              # (b, n_2, m)
 
@@ -357,8 +357,8 @@ class MRCFA(nn.Module):
             # Each position of the target reads the values of the tokens with the weights B.
             B = as_sequence(M2).softmax(-1)                             # (b, n_2, m), over tokens
             V = take_tokens(reference.value, kept)                      # (b, m, 256)
-            O = as_maps(B @ V, size2)                                   # (b, 256, h_2, w_2)
-        return Reconstruction(kept, A2, A3, A4, M2, B, O)
+            O_i = as_maps(B @ V, size2)                                 # (b, 256, h_2, w_2)
+        return Reconstruction(kept, A2, A3, A4, M2, B, O_i)
 
     def to_reference_stride(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Resize each row of x (b, n, n_4) from stride 32 to r: (b, n, N).
@@ -392,7 +392,7 @@ def mrcfa_loss(frame_logits: Tensor, clip_logits: Tensor, labels: Tensor,
 
     Both logits are (b, T, K, h, w) and are upsampled to the labels. Labels are (b, T, H, W) int64,
     or (b, H, W) when only the target is labelled: then the first term takes the target's
-    frame_logits alone. Each CE is a mean over all pixels, ignored ones included. -> a scalar.
+    frame_logits only. Each CE is a mean over all pixels, ignored ones included. -> a scalar.
     """
     if labels.ndim == 3:
         labels = labels[:, None]
@@ -426,15 +426,15 @@ class Stream:
         if frame.ndim != 3 or frame.shape != (self.shape or frame.shape):
             raise InputError("expected frames (3, H, W), all of one size; got "
                              f"{tuple(frame.shape)} after {tuple(self.shape or ())}")
-        self.shape = frame.shape
         features, fused = model.encode(frame[None])
+        self.shape = frame.shape
         F_hat = model.at_stride_8(fused)
         references = []
         for i in reference_indices(self.t, model.offsets):
             references.append(self.history[i - self.t])     # negative: -1 is frame t-1
         if references:
             queries = model.queries(features)
-            outputs = [model.reconstruct(queries, reference).O for reference in references]
+            outputs = [model.reconstruct(queries, reference).O_i for reference in references]
             O = model.merge(outputs, F_hat)
             logits = model.classify(model.classifier, O)
         else:

@@ -7,9 +7,9 @@ NeurIPS 2021, arXiv 2105.15203). This file needs nothing but torch, so you can c
     load_pretrained(model, "mit_b1.pth")
     logits = model(images)                  # (B, 3, H, W) -> (B, 19, H/4, W/4)
 
-Inside the encoder a feature map has its channels last, (B, h, w, C): LayerNorm and Linear act on
-the last axis, and the same memory seen as (B, C, h, w) is a channels-last image, the layout in
-which convolutions are fast. Changing between the two views copies nothing.
+Inside a stage of the encoder a feature map has its channels last, (B, h, w, C): LayerNorm and
+Linear act on the last axis. The same memory seen as (B, C, h, w) is a channels-last image, in which
+convolutions are fast. Changing between the two views copies nothing.
 """
 import json
 import math
@@ -56,7 +56,8 @@ def conv_channels_last(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 class EfficientAttention(nn.Module):
-    """Self-attention whose keys and values come from a map r times smaller (section 3.1)."""
+    """Self-attention whose keys and values come from a map smaller by r in height and width
+    (section 3.1)."""
 
     def __init__(self, channels: int, heads: int, reduction: int):
         super().__init__()
@@ -121,7 +122,7 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, heads: int, reduction: int, drop_path: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)      # the published weights' epsilon
         self.attn = EfficientAttention(channels, heads, reduction)
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
         self.mlp = MixFFN(channels)
@@ -144,7 +145,7 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:             # (B, C_{l-1}, H, W)
+    def forward(self, x: Tensor) -> Tensor:             # (B, C_{l-1}, h_{l-1}, w_{l-1})
         x = self.embed(x).permute(0, 2, 3, 1)           # (B, h_l, w_l, C_l)
         x = self.embed_norm(x)
         x = self.norm(self.blocks(x))
@@ -216,7 +217,7 @@ class SegFormerHead(nn.Module):
     def __init__(self, channels: tuple[int, ...], embed_dim: int = EMBED_DIM):
         super().__init__()
         self.linears = nn.ModuleList(nn.Linear(c, embed_dim) for c in channels)
-        self.fuse = nn.Conv2d(4 * embed_dim, embed_dim, 1, bias=False)  # of F_4, F_3, F_2, F_1
+        self.fuse = nn.Conv2d(4 * embed_dim, embed_dim, 1, bias=False)  # F_4 comes first
         self.norm = nn.BatchNorm2d(embed_dim)
         self.relu = nn.ReLU(inplace=True)
         nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out", nonlinearity="relu")
@@ -229,9 +230,9 @@ class SegFormerHead(nn.Module):
         # That is a sum of four 1x1 convolutions, which commute with bilinear upsampling. So project
         # and fuse each map at its own stride, upsample, and add: the same, and much faster.
         fuse4, fuse3, fuse2, fuse1 = self.fuse.weight.flatten(1).chunk(4, dim=1)
-        fuses = fuse1, fuse2, fuse3, fuse4
+        fuse_weights = fuse1, fuse2, fuse3, fuse4       # (256, 256) each
         maps = []
-        for feature, linear, fuse in zip(features, self.linears, fuses, strict=True):
+        for feature, linear, fuse in zip(features, self.linears, fuse_weights, strict=True):
             weight = fuse @ linear.weight               # (256, C_l), both layers in one
             bias = fuse @ linear.bias
             maps.append(F.conv2d(feature, weight[:, :, None, None], bias))
@@ -241,7 +242,7 @@ class SegFormerHead(nn.Module):
         return self.relu(self.norm(fused))
 
 
-def classifier(embed_dim: int, num_classes: int) -> nn.Sequential:
+def make_classifier(embed_dim: int, num_classes: int) -> nn.Sequential:
     """Channel dropout and a 1x1 convolution: (B, embed_dim, h, w) -> logits (B, K, h, w)."""
     return nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(embed_dim, num_classes, 1))
 
@@ -257,7 +258,7 @@ class SegFormer(nn.Module):
         super().__init__()
         self.encoder = mit(variant)
         self.head = SegFormerHead(self.encoder.channels, embed_dim)
-        self.classifier = classifier(embed_dim, num_classes)
+        self.classifier = make_classifier(embed_dim, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.encoder(images)

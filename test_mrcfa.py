@@ -440,7 +440,7 @@ def test_stm_ranks_tokens_by_affinities_that_are_trained(aggregate, ranked_by):
     keys[ranked_by][:, token] = 1
     values = torch.arange(6.0).view(1, 6, 1).expand(1, 6, 256)
     steps = model.reconstruct(queries, Reference(**keys, value=values))
-    assert (steps.kept == 4).all() and (steps.O == 4).all()
+    assert (steps.kept == 4).all() and (steps.O_i == 4).all()
 
 
 @pytest.mark.parametrize("target_only", [False, True])

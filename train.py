@@ -40,7 +40,7 @@ from mrcfa import (MRCFA, OFFSETS, build_model, load_weights, model_arguments, m
                    with_path)
 from segformer import STRIDE, InputError, load_strictly, read_checkpoint, segmentation_loss
 
-# What a data set is trained with unless a flag says otherwise. VSPW's is the recipe of the paper.
+# What a data set is trained with unless a flag overrides it. VSPW's is the recipe of the paper.
 VSPW_RECIPE = {
     "frame_size": FRAME_SIZE,
     "scale_range": (0.5, 2.0),
