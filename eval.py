@@ -168,8 +168,8 @@ def metrics_table(results: dict[str, SegmentationMetrics]) -> str:
 
 
 def without_nan(values: dict[str, float]) -> dict[str, float | None]:
-    """The same for JSON, which has no NaN: None instead."""
-    return {name: None if math.isnan(value) else value for name, value in values.items()}
+    """The same for JSON, which has no NaN or infinity: None instead."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -225,30 +225,29 @@ def evaluate(methods: dict[str, Segment], videos: Sequence[Video], classes: Sequ
     results = {name: SegmentationMetrics(len(classes)) for name in methods}
     longest_first = sorted(range(len(videos)), key=lambda i: -len(videos[i].frames))
     mine = sorted(longest_first[rank()::world_size()])
-    frames = sum(len(videos[i].frames) for i in mine)
+    frames = len(methods) * sum(len(videos[i].frames) for i in mine)
     with progress(total=frames, desc="evaluate", unit="frame", disable=rank() > 0) as bar:
         for i in mine:
             video = videos[i]
-            labels = []                                     # of the labelled frames
-            masks = {name: [] for name in methods}
-            of_methods = zip(*(segment(video) for segment in methods.values()), strict=True)
-            for frame, mask_path, frame_masks in zip(video.frames, video.masks, of_methods):
-                is_reference = video.offsets and not mask_path      # in Cityscapes' clips
-                for name, mask in zip(methods, frame_masks, strict=True):
-                    folder = Path(name, video.name) if len(methods) > 1 else Path(video.name)
+            masks = {name: [] for name in methods}          # of the labelled frames
+            for name, segment in methods.items():
+                folder = Path(name, video.name) if len(methods) > 1 else Path(video.name)
+                for frame, mask_path, mask in zip(video.frames, video.masks, segment(video)):
                     if mask_path:
                         masks[name].append(mask)
+                    is_reference = video.offsets and not mask_path      # in Cityscapes' clips
                     if save and mask is not None and not is_reference:
                         path = save / folder / f"{frame.stem}.png"
                         write_image(coloured(mask), path, compress_level=1)
                     if overlay and mask is not None and not is_reference:
                         path = overlay / folder / f"{frame.stem}.jpg"
                         write_image(blend(frame, mask, classes), path, quality=92)
-                if mask_path:
-                    size = frame_masks[0].shape[::-1]
-                    label = read_labels(mask_path, size, len(classes), video.first_label)
-                    labels.append(np.array(label))
-                bar.update()
+                    bar.update()
+            labels = []
+            for mask_path, mask in zip(filter(None, video.masks), masks[name]):
+                size = mask.shape[::-1]
+                label = read_labels(mask_path, size, len(classes), video.first_label)
+                labels.append(np.array(label))
             for name, metrics in results.items():
                 if labels and None not in video.masks:
                     metrics.update(np.stack(labels), np.stack(masks[name]))
