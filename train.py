@@ -388,8 +388,8 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--save-every", type=at_least(1), default=500, metavar="N",
                        help="iterations between checkpoints, which a crash can cost")
     group.add_argument("--eval-every", type=at_least(0), metavar="N",
-                       help="iterations between evaluations, by default a tenth of a run on real "
-                            "data; 0 evaluates only at the end")
+                       help="iterations between evaluations (on real data a tenth of the run); 0 "
+                            "evaluates only at the end")
 
     group = parser.add_argument_group("clips")
     group.add_argument("--batch-size", type=at_least(1), metavar="N",
