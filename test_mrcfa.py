@@ -1297,7 +1297,7 @@ def test_a_resumed_training_takes_new_flags(videos, tmp_path, run, monkeypatch):
         seeds.append(torch.initial_seed() % 2**32)      # that dropout begins with
         return real(*args)
 
-    start = ["--data", videos, "--iters", 1, *SMALL]
+    start = ["--model", "segformer_b0", "--data", videos, "--iters", 1, *SMALL]
     assert run(training, *start, "--out", tmp_path / "run") == 0
     monkeypatch.setattr(training, "loss_of", loss_of)
     for i, seed in enumerate((0, 0, 1), 2):
@@ -1400,11 +1400,12 @@ def test_an_iteration_that_is_not_finite_is_left_out(spoil, videos, tmp_path, ru
         calls.append(0)
         loss = real(model, images, labels)
         if len(calls) == 2:
-            model.segformer.head.norm.running_mean.data.fill_(math.nan)
+            model.head.norm.running_mean.data.fill_(math.nan)
         return spoil(loss) if len(calls) == 2 else loss
 
     out = tmp_path / "run"
-    args = [training, "--data", videos, "--out", out, *SMALL, "--save-every", 1, "--resume"]
+    args = [training, "--model", "segformer_b0", "--data", videos, "--out", out, *SMALL,
+            "--save-every", 1, "--resume"]
     monkeypatch.setattr(training, "loss_of", loss_of)
     assert run(*args, "--iters", 3) == 0
     error = capsys.readouterr().err
@@ -1753,7 +1754,8 @@ def test_a_failing_process_says_why_and_ends_the_others(accident, codes, message
 
 def test_killed_training_goes_on_as_if_nothing_had_been(videos, tmp_path, run):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    args = ["--data", videos, "--iters", 4, "--save-every", 1, *SMALL, "--eval-every", 2, "--out"]
+    args = ["--model", "segformer_b0", "--data", videos, "--iters", 4, "--save-every", 1, *SMALL,
+            "--eval-every", 2, "--out"]
     assert run(training, *args, whole) == 0
     resume = ["--resume", "--out", killed]
     for command, accident, moment in (([*args, killed], "killed in writing", 0),
