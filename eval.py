@@ -413,7 +413,7 @@ def run(args: argparse.Namespace):
     for path in (args.save, args.json, args.overlay, args.pictures):
         if path:
             refuse_to_overwrite(path)
-    gather("all have seen that there is nothing yet")
+    gather(None)                            # until all have seen that there is nothing yet
     methods, config = prepare_methods(args)
     classes = config["classes"]
     if args.frames:

@@ -187,7 +187,7 @@ class Run:
                 if stop or self.iteration % args.save_every == 0:
                     self.save("last.pt")
                 if stop:
-                    gather("the first process has saved")
+                    gather(None)            # until the first process has saved
                     self.leave("stopped")
 
     def step(self, batches) -> tuple[float, float, bool]:
@@ -528,7 +528,7 @@ def prepare_data(args: argparse.Namespace, checkpoint: dict | None
             write_synthetic(args.data)
         if args.pretrained and not checkpoint:
             download_pretrained(args.pretrained)
-    gather("everything is there")
+    gather(None)                # until everything is there
     classes = read_classes(args.data, default=VSPW_CLASSES if args.dataset == "vspw" else ())
     if checkpoint:
         check_same_classes(args.classes, classes, args.out / "last.pt", args.data)
