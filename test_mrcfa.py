@@ -3,6 +3,7 @@
 The golden numbers come from the released MRCFA code: its answers, at six places of each output, to
 weights and clips that are functions of a name and a seed (`tensor_for`, `clip_for`).
 """
+import argparse
 import csv
 import errno
 import http.server
@@ -949,10 +950,12 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
             listed(names)
 
 
-def test_labels_are_read_as_the_layout_says(tmp_path):
-    path = tmp_path / "mask.png"
+def test_labels_are_read_as_the_layout_says(tmp_path, monkeypatch):
+    path, opened, real = tmp_path / "mask.png", [], Image.open
     Image.fromarray(np.array([[0, 1, 2, 3, 255]], dtype=np.uint8)).save(path)
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real(path))
     assert np.array(read_labels(path, (5, 1), 3)).tolist() == [[255, 0, 1, 2, 255]]
+    assert opened == [path]         # a mask is decoded once
     with pytest.raises(ValueError, match="label 3, but there are 2 classes"):
         read_labels(path, (5, 1), 2)
 
@@ -1736,6 +1739,22 @@ def test_an_infinite_loss_of_one_process_is_left_out_by_all(videos, tmp_path, ca
         assert torch.equal(value, second[key]) and value.isfinite().all(), key
     assert {int(state["step"]) for state in saved(tmp_path / "run")["optimizer"]["state"].values()
             } == {2}
+
+
+def test_only_exchanges_that_wait_for_an_evaluation_may_take_hours(monkeypatch):
+    groups = []
+    for name in data.TORCHRUN:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(data, "patient_group", None)
+    monkeypatch.setattr(data.dist, "init_process_group", lambda *a, **k: groups.append(k))
+    monkeypatch.setattr(data.dist, "new_group", lambda **k: groups.append(k) or "patient")
+    data.join_processes(argparse.Namespace(device=torch.device("cpu")))
+    assert groups == [{}, {"backend": "gloo", "timeout": data.LONGEST_WAIT}]
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(data.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(data.dist, "all_gather_object", lambda *_, group: groups.append(group))
+    data.gather(None)
+    assert groups[-1] == "patient"
 
 
 @pytest.mark.parametrize("accident, codes, message", [
