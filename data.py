@@ -780,7 +780,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def at_least(low: float, kind: type = int) -> Callable[[str], float]:
     """The type of an argument that is a number, an int or a float, from `low` on."""
-    def number(text: str) -> float:     # argparse prints this name: "invalid number value"
+    def number(text: str) -> float:
+        """Parse the argument. Errors of argparse print this function's name."""
         value = kind(text)
         if not low <= value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} must be {low} or more")

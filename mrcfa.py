@@ -93,7 +93,7 @@ def without_autocast(x: Tensor):
     return torch.autocast(x.device.type, enabled=False)
 
 
-# ---------------------------------------------------------- selective token masking (STM)
+# --------------------------------------------------------------- selective token masking (STM)
 
 def token_importance(A: Tensor) -> Tensor:
     """The importance of each token, the sum of the 5 largest entries in its column of A:
@@ -459,7 +459,7 @@ def load_checkpoint(path) -> tuple[nn.Module, dict]:
     checkpoint = read_checkpoint(path)
     try:
         config = checkpoint["config"]
-        config["frame_size"]
+        config["frame_size"]                            # must be there
         model = build_model(config["model"], model_arguments(config))
         load_strictly(model, read_state_dict(checkpoint["model"]))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -496,8 +496,9 @@ def load_weights(model: nn.Module, path, classes: Sequence[str] | None = None) -
     try:
         content = read_checkpoint(path)
         state = read_weights(content)
-        theirs = content.get("config", {}).get("classes")
-        if classes and theirs and list(theirs) != list(classes):
+        config = content.get("config")                  # of train.py, or anything of others
+        theirs = config.get("classes") if isinstance(config, dict) else None
+        if classes and isinstance(theirs, list) and theirs != list(classes):
             print(f"warning: {path} has other classes or another order: {', '.join(theirs)}; "
                   "classifiers start from new weights", file=sys.stderr)
             state = {key: value for key, value in state.items() if "classifier" not in key}
