@@ -26,10 +26,10 @@ import math
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import lru_cache, partial
@@ -127,8 +127,8 @@ def read_classes(root: Path, default: Sequence[str] = ()) -> list[str]:
         return list(default)
     classes = read_lines(path)
     if not 2 <= len(classes) <= MAX_CLASSES:
-        raise InputError(f"{path}: has {len(classes)} class names; give 2 to {MAX_CLASSES}, one "
-                         "per line and the background included")
+        raise InputError(f"{path}: has {len(classes)} class names; give 2 to {MAX_CLASSES}, with "
+                         "the background")
     return classes
 
 
@@ -143,8 +143,7 @@ def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: Path, ro
     for k in differ:
         difference = f"class {k} is {theirs[k]!r} in {who}, but {ours[k]!r} in {root}"
         if theirs[k] in ours or ours[k] in theirs:
-            raise InputError(f"{difference}: the order of the classes differs; put classes.txt and "
-                             "the masks in one order")
+            raise InputError(f"{difference}: give classes.txt and masks the checkpoint's order")
     if differ:
         say(f"warning: {difference} ({len(differ)} names differ)")
 
@@ -181,8 +180,7 @@ def read_video(folder: Path, name: str, sparse: bool, first_label: int) -> Video
     orphans = sorted(set(present) - set(masks))
     if orphans:
         raise InputError(f"{orphans[0]}: is not a PNG with the name of a frame in "
-                         f"{folder / 'origin'} ({len(orphans)} of {len(present)} masks); copy the "
-                         "frames, or rename, convert or remove the masks")
+                         f"{folder / 'origin'} ({len(orphans)} of {len(present)} masks)")
     labelled = len(frames) - masks.count(None)
     if labelled == 0 or labelled < len(frames) and not sparse:
         missing = folder / "mask" / f"{frames[masks.index(None)].stem}.png"
@@ -193,10 +191,7 @@ def read_video(folder: Path, name: str, sparse: bool, first_label: int) -> Video
 
 def read_cityscapes(root: Path, split: str, offsets: Sequence[int], training: bool) -> list[Video]:
     """Clips of Cityscapes: a labelled frame and the references before it, or those after it in
-    reverse order.
-
-    Training gets both clips, evaluation one. A side with a missing reference is left out.
-    """
+    reverse order. Training gets both, evaluation one. A side with a missing frame is left out."""
     labels: dict[str, Path] = {}
     folder = root / "gtFine" / split
     for path in sorted(folder.glob("*/*_gtFine_label*Ids.png"), key=number_order):
@@ -204,26 +199,22 @@ def read_cityscapes(root: Path, split: str, offsets: Sequence[int], training: bo
     if not labels:
         raise InputError(f"{folder}: no <city>/*_gtFine_labelIds.png there")
     sequences = root / "leftImg8bit_sequence" / split
-    if not sequences.is_dir():
-        raise InputError(f"{sequences}: no such folder; it is in "
-                         "leftImg8bit_sequence_trainvaltest.zip")
+    places = tuple(range(len(offsets), 0, -1))              # of the references in a clip
     videos = []
     for name, label in labels.items():
         city = sequences / label.parent.name
         sequence, _, number = name.rpartition("_")
-        sides = []
+        clips = []
         for direction in (-1, 1):
-            numbers = [int(number) + direction * offset for offset in offsets]
-            side = [city / f"{sequence}_{n:06d}_leftImg8bit.png" for n in numbers]
-            if all(path.exists() for path in side):
-                sides.append(side)
-        if not sides:
-            sides = [[]]
-        for side in sides if training else sides[:1]:
-            frames = [*side, city / f"{name}_leftImg8bit.png"]
-            masks = [None] * len(side) + [label]
-            places = tuple(range(len(offsets), 0, -1))
-            videos.append(Video(name, frames, masks, places, first_label=0))
+            numbers = [int(number) + direction * offset for offset in (*offsets, 0)]
+            frames = [city / f"{sequence}_{n:06d}_leftImg8bit.png" for n in numbers]
+            if all(path.exists() for path in frames[:-1]):
+                masks = [None] * len(offsets) + [label]
+                clips.append(Video(name, frames, masks, places, first_label=0))
+        if not clips:
+            target = city / f"{name}_leftImg8bit.png"
+            clips = [Video(name, [target], [label], places, first_label=0)]
+        videos += clips if training else clips[:1]
     return videos
 
 
@@ -254,14 +245,11 @@ def list_frames(folder: Path) -> list[Path]:
     names = set()
     for path in frames:
         if path.suffix.lower() not in FRAME_SUFFIXES or path.stem in names:
-            raise InputError(f"{path}: frames are .jpg or .png, one for each moment; convert or "
-                             "remove it")
+            raise InputError(f"{path}: frames are .jpg or .png, one for each moment")
         names.add(path.stem)
-    decimal = sorted(frames, key=partial(number_order, number=r"\d+(?:\.\d+)?"))
-    for path, other in zip(frames, decimal, strict=True):
-        if path != other:
-            raise InputError(f"{path}: ambiguous order: if its dot starts decimals, {other.name} "
-                             "comes here; number the frames without dots")
+    if frames != sorted(frames, key=partial(number_order, number=r"\d+(?:\.\d+)?")):
+        raise InputError(f"{folder}: the dots in its frames' names may start decimals; number the "
+                         "frames without dots")
     return frames
 
 
@@ -312,12 +300,10 @@ def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool
     with open(path, "rb") as file:
         header = file.read(25)
     if not header.startswith(PNG_SIGNATURE):
-        raise InputError(f"{path}: is not a PNG inside; a mask must be one, because other formats "
-                         "change values")
+        raise InputError(f"{path}: is not a PNG inside; other formats change a mask's values")
     if image.mode not in ("1", "L", "P") or image.size != size:
         raise InputError(f"{path}: {image.size} in mode {image.mode}; a mask has its frame's size, "
-                         f"here {size}, and is a grey or palette PNG of 8 bits (mode L or P), in "
-                         "which a pixel's value is its class")
+                         f"here {size}, and is a grey or palette PNG of 8 bits (mode L or P)")
     if image.mode == "P":
         colours = np.zeros((256, 3), dtype=np.uint8)
         palette = np.array(image.getpalette()).reshape(-1, 3)
@@ -330,8 +316,8 @@ def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool
             return Image.fromarray(table[np.array(image)]), True
         greys = np.arange(len(palette))[:, None]
         if (palette == palette[:, :1]).all() and (palette != greys).any():
-            raise InputError(f"{path}: its palette shows greys that are not the stored values, as "
-                             "image optimisers write it; save it as a grey PNG")
+            raise InputError(f"{path}: its palette shows greys that are not the stored values; "
+                             "save it as a grey PNG")
     values = np.array(image, dtype=np.uint8)        # the indices of a palette image
     bits = header[24]
     if image.mode == "L" and bits < 8:              # Pillow stretches greys to 0 ... 255
@@ -353,14 +339,12 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label
     else:
         values = range(first_label, first_label + num_classes)
         if first_label and is_prediction:
-            raise InputError(f"{path}: has the colours of a predicted mask, which counts classes "
-                             "from 0, but label maps count from 1 here (--first-label 0 reads "
-                             "both)")
+            raise InputError(f"{path}: has the colours of a predicted mask, which counts from 0, "
+                             "but label maps count from 1 here (--first-label 0 reads both)")
     counts = image.histogram()[:IGNORE]
     highest = max((value for value in range(IGNORE) if counts[value]), default=0)
     if highest > max(values):
-        raise InputError(f"{path}: label {highest}, but there are {num_classes} classes, "
-                         f"{values[0]} ... {values[-1]}")
+        raise InputError(f"{path}: label {highest}, but there are {num_classes} classes")
     classes = [IGNORE] * 256
     for k, value in enumerate(values):
         classes[value] = k
@@ -370,9 +354,8 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label
 def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
     """Read up to CHECKED_MASKS masks of a split before a long run.
 
-    Raises InputError if one can't be used, or if no pixel has a class. Warns of training classes
-    that never occur, and of masks that seem to count from 0; if these leave a single class to train
-    on, that is an error as well.
+    Raises InputError if one can't be used, if no pixel has a class, or if masks seem to count from
+    0 and leave one class to train on. Warns of such masks, and of training classes without pixels.
     """
     pairs = []
     for video in videos:
@@ -386,16 +369,15 @@ def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
         counts += read_labels(mask, size, len(classes), first_label).histogram()
         zeros += read_index_map(mask, size)[0].histogram()[0]
     missing = [name for k, name in enumerate(classes) if not counts[k]]
-    text = (f"no mask of the {split} split has {', '.join(missing)}: "
-            f"{'0 and 255 are' if first_label else '255 is'} ignored, {first_label} is "
-            f"{classes[0]!r}, and so on")
-    if len(missing) == len(classes):
-        raise InputError(f"{pairs[0][0]} and {len(checked) - 1} more: {text}")
+    present = len(classes) - len(missing)
+    ignored = "0 and 255 are" if first_label else "255 is"
+    text = (f"no mask of the {split} split has {', '.join(missing)}: {ignored} ignored, "
+            f"{first_label} is {classes[0]!r}, and so on")
     from_zero = first_label and classes[-1] in missing and zeros > FREQUENT * counts.sum()
     if from_zero:
         text += f"; if 0 is {classes[0]!r}, give --first-label 0"
-    if split == "train" and from_zero and len(missing) == len(classes) - 1:
-        raise InputError(text)
+    if present == 0 or present == 1 and from_zero and split == "train":
+        raise InputError(f"{pairs[0][0]} and {len(checked) - 1} more: {text}")
     if from_zero or split == "train" and missing and len(checked) == len(pairs):
         say(f"warning: {text}")
 
@@ -437,8 +419,8 @@ def fit(size: tuple[int, int], frame_size: Sequence[float]) -> tuple[int, int]:
 def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) -> Tensor:
     """An RGB frame -> (3, H, W) float32, normalised, H and W multiples of 32.
 
-    The frame is fitted into `frame_size` (long, short), then resized up to multiples of 32. Both
-    resizes are bilinear as OpenCV does it: half-pixel centres, no antialiasing, rounded.
+    It is fitted into `frame_size` (long, short), then resized up to multiples of 32, both times
+    bilinearly as OpenCV does it: half-pixel centres, no antialiasing, rounded.
     """
     width, height = fit(image.size, frame_size)
     stretched = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
@@ -451,11 +433,8 @@ def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) ->
 
 def interpolate_and_decode(logits: Tensor, network_size: Sequence[int],
                            frame_size: Sequence[int]) -> Tensor:
-    """Logits (K, h, w) -> classes (H, W) uint8 at the frame's size.
-
-    The protocol's two bilinear resizes, to the network's input size and from there to the frame's,
-    then the largest. Sizes are (height, width).
-    """
+    """Logits (K, h, w) -> classes (H, W) uint8 at the frame's size: resized bilinearly to the
+    network's input size and from there to the frame's, both (height, width), as in the protocol."""
     for size in (network_size, frame_size):
         logits = F.interpolate(logits.view(1, *logits.shape[-3:]), tuple(size), mode="bilinear")
     return logits[0].max(0).indices.to(torch.uint8)     # on CPUs much faster than argmax
@@ -467,10 +446,9 @@ class ClipDataset(torch.utils.data.Dataset):
     """Random training clips: item i -> (images (T, 3, h, w) float32, labels uint8, 255 = ignored).
 
     Labels are (T, h, w), or (h, w), only the target's, if frames of the videos lack masks. The
-    target is the last frame. There is no last item: each len(videos) items in a row are an epoch,
-    with one clip of each video. Item i depends only on (seed, i). Videos without a labelled frame
-    that has all its references are left out, and counted in `too_short`. Raises InputError if that
-    leaves none.
+    target is the last frame. There is no last item: each len(videos) items in a row have one clip
+    of each video. Item i depends only on (seed, i). Videos without a possible target are left out,
+    and counted in `too_short`. Raises InputError if that leaves none.
     """
 
     def __init__(self, videos: Sequence[Video], num_classes: int, offsets: Sequence[int],
@@ -493,8 +471,7 @@ class ClipDataset(torch.utils.data.Dataset):
         self.too_short = len(videos) - len(self.videos)
         if not self.videos:
             raise InputError(f"none of the {len(videos)} training videos has a labelled frame with "
-                             f"others {max(offsets)} frames before or after it; give smaller "
-                             "offsets (--dilation)")
+                             "all references; give smaller offsets (--dilation)")
 
     def possible_directions(self, video: Video) -> list[tuple[Video, list[int]]]:
         """A video forwards and backwards, each with its possible targets: labelled frames that have
@@ -619,10 +596,9 @@ def write_synthetic(root: Path):
     """Make the data set of synthetic videos in the VSPW layout: all of it, or nothing.
 
     Coloured objects move before a moving background; an object's texture is its class. In bursts of
-    three frames textures are gone, and the picture is dark, noisy or the like: it still shows where
-    the objects are and of what colour, but not *what* they are. That can be seen 3, 6 and 9 frames
-    earlier. So only other frames help, and a method must find the same object in them, by its
-    colour.
+    three frames textures are gone: the picture still shows where the objects are and of what
+    colour, but not *what* they are. That can be seen 3, 6 and 9 frames earlier. So a method must
+    find the same object in other frames, by its colour.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}", dir=root.parent) as folder:
@@ -778,23 +754,16 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def at_least(low: float, kind: type = int) -> Callable[[str], float]:
-    """The type of an argument that is a number, an int or a float, from `low` on."""
+def between(low: float, high: float = 1e9, kind: type = int) -> Callable[[str], float]:
+    """The type of an argument that is an int or a float from `low` to `high`."""
     def number(text: str) -> float:
         """Parse the argument. Errors of argparse print this function's name."""
         value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} must be {low} or more")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must lie in {low:g} ... {high:g}")
         return value
 
     return number
-
-
-def fraction(text: str) -> float:
-    """The type of an argument that is a fraction, above 0 and at most 1."""
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must lie in (0, 1]")
-    return float(text)
 
 
 def refuse_to_overwrite(path: Path, instead: str = "give another name"):
@@ -809,13 +778,12 @@ def run_script(main: Callable[[], None]):
 
     Python's development mode, `python -X dev train.py`, shows the traceback as well.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:          # closed, for instance by a service
-            setattr(sys, name, open(os.devnull, mode))
-    for stream in (sys.stdout, sys.stderr):     # print what a terminal can't show as escapes
-        stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGINT, interrupt)
-    code: int | str | None = 0
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")   # what it can't show otherwise
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    code = 0
     try:
         main()
         if dist.is_initialized():
@@ -836,14 +804,7 @@ def run_script(main: Callable[[], None]):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    if code:
-        sys.exit(code)
-
-
-def interrupt(number: int, _):
-    """Answer Ctrl-C; the next one ends the process, whatever it does."""
-    signal.signal(number, signal.SIG_DFL)
-    raise KeyboardInterrupt
+    sys.exit(code)
 
 
 def in_one_line(error: BaseException) -> str | None:
@@ -852,8 +813,7 @@ def in_one_line(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return ("out of memory; smaller frames or a smaller batch need less (--frame-size, --crop, "
-                "--batch-size, --accumulate)")
+        return "out of memory; try a smaller --frame-size, --crop or --batch-size, or --accumulate"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:
@@ -891,12 +851,11 @@ def download_pretrained(source: str) -> Path:
             file.unlink(missing_ok=True)
             if getattr(error, "code", 0) != 404 or file == files[-1]:
                 raise InputError(f"{source}: no such file, and {url} can't be fetched ({error}); "
-                                 f"put it at {file}, or give the path of another") from None
+                                 f"put it at {file}") from None
 
 
 def join_processes(args: argparse.Namespace):
-    """Join the other processes if torchrun, or a cluster in its way, started this one. Each takes
-    its own GPU."""
+    """Join the other processes if torchrun, or a cluster in its way, started this one."""
     global patient_group
     if not TORCHRUN <= os.environ.keys():
         return

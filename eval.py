@@ -21,13 +21,12 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, PALETTE,
-                  VSPW_CLASSES, WRONG, ArgumentParser, HelpFormatter, Video, at_least, check_labels,
-                  check_same_classes, coloured, decode_mask, fit, fraction, gather, join_processes,
+                  VSPW_CLASSES, WRONG, ArgumentParser, HelpFormatter, Video, between, check_labels,
+                  check_same_classes, coloured, decode_mask, fit, gather, join_processes,
                   list_frames, network_input, progress, rank, read_classes, read_frame, read_frames,
                   read_index_map, read_labels, read_split, refuse_to_overwrite, run_script,
                   world_size, write_image)
-from mrcfa import (MRCFA, as_maps, load_checkpoint, read_weights, reference_indices,
-                   with_path)
+from mrcfa import MRCFA, as_maps, load_checkpoint, read_weights, reference_indices, with_path
 from segformer import EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_strictly, read_checkpoint
 
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
@@ -36,15 +35,10 @@ PICTURED_VIDEOS = 3             # videos with pictures
 PICTURED_FRAMES = 100           # frames in a picture, the first labelled ones of a video
 PANEL = 200                     # long side of a picture's panels, in pixels
 LEGEND = 204                    # width of a legend's column, in pixels
-PAPER_FPS = {                   # SegFormer's and MRCFA's
-    "b0": (73.4, 50.0),
-    "b1": (58.7, 40.1),
-    "b2": (39.2, 32.1),
-    "b5": (17.2, 15.7),
-}
 ROUNDS = 5                      # times that the benchmark measures each model
 
-Segment = Callable[[Video], Iterator[np.ndarray]]   # yields a mask (H, W) uint8 for each frame
+# A function that yields a mask (H, W) uint8, or None, for each frame of a video.
+Segment = Callable[[Video], Iterator[np.ndarray | None]]
 
 
 # ------------------------------------------------------------------------------------- metrics
@@ -72,9 +66,8 @@ class SegmentationMetrics:
             raise InputError(f"labels {tuple(labels.shape)} and predictions "
                              f"{tuple(predictions.shape)} must have one shape")
         for label, prediction in zip(labels, predictions, strict=True):
-            pairs = label.int() * (IGNORE + 1) + prediction
-            counts = torch.bincount(pairs.flatten(), minlength=(IGNORE + 1) ** 2)
-            counts = counts.view(IGNORE + 1, IGNORE + 1)
+            pairs = 256 * label.int() + prediction
+            counts = torch.bincount(pairs.flatten(), minlength=256 ** 2).view(256, 256)
             self.confusion += counts[:self.num_classes, :self.num_classes]
         if len(labels) > max(WINDOWS):                      # the protocol leaves out short videos
             self.add_consistencies(labels, predictions)
@@ -91,19 +84,16 @@ class SegmentationMetrics:
         if name == "labels":
             wrong &= values != IGNORE
         if wrong.any():
-            low, high = values[wrong].min().item(), values[wrong].max().item()
-            raise InputError(f"{name}: {low} ... {high}, but classes are 0 ... "
+            raise InputError(f"{name}: {values[wrong][0].item()} is not a class; they are 0 ... "
                              f"{self.num_classes - 1}")
         return values.to(torch.uint8)
 
     def add_consistencies(self, labels: Tensor, predictions: Tensor):
         """Add mVC's windows: of the pixels whose label is constant in a window, the share whose
-        prediction is also constant."""
-        runs = zip(run_lengths(labels), run_lengths(predictions), strict=True)
-        for t, (label_run, prediction_run) in enumerate(runs):
-            if t == len(labels) - 1:                        # the protocol leaves out the last one
-                break
-            for n in WINDOWS:                               # the window of n frames that ends at t
+        prediction is also constant. The protocol has no window that ends at the last frame."""
+        runs = zip(run_lengths(labels[:-1]), run_lengths(predictions[:-1]), strict=True)
+        for label_run, prediction_run in runs:
+            for n in WINDOWS:                               # the n frames up to this one
                 constant = label_run >= n
                 pixels = constant.count_nonzero().item()
                 consistent = (constant & (prediction_run >= n)).count_nonzero().item()
@@ -180,11 +170,13 @@ def autocast(device: torch.device, amp: str | None) -> torch.autocast:
 
 
 def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
-                  amp: str | None = None) -> Iterator[np.ndarray]:
-    """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size."""
+                  amp: str | None = None) -> Iterator[np.ndarray | None]:
+    """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size; None
+    for the references in Cityscapes' clips."""
     device = next(model.parameters()).device
     stream = model.stream() if isinstance(model, MRCFA) else None
-    for path, image in zip(video.frames, read_frames(video.frames), strict=True):
+    frames = read_frames(video.frames)
+    for path, label, image in zip(video.frames, video.masks, frames, strict=True):
         x = network_input(image, frame_size).to(device)
         # Without --amp recent GPUs also compute in float32. By default they would use TF32.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=amp == "bf16")
@@ -193,8 +185,10 @@ def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
         if not logits.sum().isfinite():
             raise InputError(f"{path}: the network's output is not finite; probably its weights "
                              "are not, either")
-        mask = decode_mask(logits.float(), x.shape[-2:], image.size[::-1])
-        yield mask.cpu().numpy()
+        if video.offsets and not label:
+            yield None
+            continue
+        yield decode_mask(logits.float(), x.shape[-2:], image.size[::-1]).cpu().numpy()
 
 
 def saved_masks(video: Video, folder: Path, num_classes: int) -> Iterator[np.ndarray | None]:
@@ -217,10 +211,9 @@ def evaluate(methods: dict[str, Segment], videos: Sequence[Video], classes: Sequ
              ) -> dict[str, SegmentationMetrics]:
     """Compare the masks of each method with the labels -> metrics of each.
 
-    Masks go to the folder `save`, and blended with the frames to `overlay`: of all frames, or of
-    the labelled ones of Cityscapes' clips. If there are several methods, each has a folder in
-    there. The first videos are drawn in `pictures`. The processes of a torch.distributed group
-    share the videos, and all get the same metrics.
+    Masks go to the folder `save`, and blended with the frames to `overlay`. If there are several
+    methods, each has a folder in there. The first videos are drawn in `pictures`. The processes of
+    a torch.distributed group share the videos, and all get the same metrics.
     """
     results = {name: SegmentationMetrics(len(classes)) for name in methods}
     longest_first = sorted(range(len(videos)), key=lambda i: -len(videos[i].frames))
@@ -231,18 +224,19 @@ def evaluate(methods: dict[str, Segment], videos: Sequence[Video], classes: Sequ
             video = videos[i]
             masks = {name: [] for name in methods}          # of the labelled frames
             for name, segment in methods.items():
-                folder = Path(name, video.name) if len(methods) > 1 else Path(video.name)
+                folder = Path(name if len(methods) > 1 else "", video.name)
                 for frame, mask_path, mask in zip(video.frames, video.masks, segment(video)):
+                    bar.update()
+                    if mask is None:
+                        continue
                     if mask_path:
                         masks[name].append(mask)
-                    is_reference = video.offsets and not mask_path      # in Cityscapes' clips
-                    if save and mask is not None and not is_reference:
-                        path = save / folder / f"{frame.stem}.png"
-                        write_image(coloured(mask), path, compress_level=1)
-                    if overlay and mask is not None and not is_reference:
-                        path = overlay / folder / f"{frame.stem}.jpg"
-                        write_image(blend(frame, mask, classes), path, quality=92)
-                    bar.update()
+                    path = folder / frame.stem
+                    if save:
+                        write_image(coloured(mask), save / f"{path}.png", compress_level=1)
+                    if overlay:
+                        image = blend(frame, mask, classes)
+                        write_image(image, overlay / f"{path}.jpg", quality=92)
             labels = []
             for mask_path, mask in zip(filter(None, video.masks), masks[name]):
                 size = mask.shape[::-1]
@@ -311,89 +305,73 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Evaluate a checkpoint or saved masks, segment a folder of "
                                         "frames, or measure the speed.",
                             formatter_class=HelpFormatter)
-    group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--checkpoint", type=Path, metavar="FILE",
-                       help="checkpoint of train.py or of the authors")
-    group.add_argument("--predictions", type=Path, metavar="DIR",
-                       help="score the masks DIR/<video>/<frame>.png, pixel = class from 0")
-    group.add_argument("--benchmark", action="store_true",
-                       help="measure parameters, operations and time of --variants")
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--checkpoint", type=Path, metavar="FILE", help="checkpoint of train.py or of the authors")
+    add("--predictions", type=Path, metavar="DIR",
+        help="score the masks DIR/<video>/<frame>.png, pixel = class from 0")
+    add("--benchmark", action="store_true",
+        help="measure parameters, operations and time of --variants")
 
-    group = parser.add_argument_group("files")
-    group.add_argument("--data", type=Path, metavar="DIR",
-                       help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
-    group.add_argument("--split", default="val", metavar="NAME",
-                       help="evaluate the videos in DIR/NAME.txt")
-    group.add_argument("--labels", choices=("dense", "sparse"),
-                       help="sparse: allow frames without masks (default: as in training)")
-    group.add_argument("--first-label", type=int, choices=(0, 1),
-                       help="value of the first class in label maps (default: as in training)")
-    group.add_argument("--frames", type=Path, metavar="DIR",
-                       help="instead of --data, unlabelled frames, for --save and --overlay")
-    group.add_argument("--save", type=Path, metavar="DIR",
-                       help="new folder for the predicted masks, palette PNGs")
-    group.add_argument("--overlay", type=Path, metavar="DIR",
-                       help="new folder for the masks over their frames, with a legend")
-    group.add_argument("--pictures", type=Path, metavar="DIR",
-                       help=f"new folder for animations of the first {PICTURED_VIDEOS} videos")
-    group.add_argument("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
-                       help="draw into --pictures what a pixel reads from its references; frames "
-                            "count from 0")
-    group.add_argument("--json", type=Path, metavar="FILE", help="new file for the metrics")
-    group.add_argument("--per-class", action="store_true", help="also print the IoU of each class")
-    group.add_argument("--single-frames", action="store_true",
-                       help="also evaluate an MRCFA's SegFormer, which sees no references")
+    add = parser.add_argument_group("files").add_argument
+    add("--data", type=Path, metavar="DIR",
+        help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
+    add("--split", default="val", metavar="NAME", help="evaluate the videos in DIR/NAME.txt")
+    add("--labels", choices=("dense", "sparse"),
+        help="sparse: allow frames without masks (default: as in training)")
+    add("--first-label", type=int, choices=(0, 1),
+        help="value of the first class in label maps (default: as in training)")
+    add("--frames", type=Path, metavar="DIR",
+        help="instead of --data, unlabelled frames, for --save and --overlay")
+    add("--save", type=Path, metavar="DIR", help="new folder for the predicted masks, palette PNGs")
+    add("--overlay", type=Path, metavar="DIR",
+        help="new folder for the masks over their frames, with a legend")
+    add("--pictures", type=Path, metavar="DIR",
+        help=f"new folder for animations of the first {PICTURED_VIDEOS} videos")
+    add("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
+        help="draw into --pictures what a pixel reads from its references; frames count from 0")
+    add("--json", type=Path, metavar="FILE", help="new file for the metrics")
+    add("--per-class", action="store_true", help="also print the IoU of each class")
+    add("--single-frames", action="store_true",
+        help="also evaluate an MRCFA's SegFormer, which sees no references")
 
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=MODELS, metavar="NAME",
-                       help="model in a released checkpoint: mrcfa_b0 ... segformer_b5")
-    group.add_argument("--num-classes", type=at_least(1), metavar="K",
-                       help="classes of a released checkpoint, or of the benchmark (default: 124)")
-    group.add_argument("--dilation", type=at_least(1), nargs="+", metavar="N",
-                       help="distances of the references, in frames (default: as in training)")
-    group.add_argument("--keep-ratio", type=fraction, metavar="P",
-                       help="share of the tokens that STM keeps (default: as in training)")
-    group.add_argument("--frame-size", type=at_least(1), nargs=2, metavar=("LONG", "SHORT"),
-                       help="scale frames to fit this (default: as in training)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=MODELS, metavar="NAME",
+        help="model in a released checkpoint: mrcfa_b0 ... segformer_b5")
+    add("--num-classes", type=between(1),
+        help="classes of a released checkpoint, or of the benchmark (default: 124)")
+    add("--dilation", type=between(1), nargs="+", metavar="N",
+        help="distances of the references, in frames (default: as in training)")
+    add("--keep-ratio", type=between(0.01, 1, float),
+        help="share of the tokens that STM keeps (default: as in training)")
+    add("--frame-size", type=between(1), nargs=2, metavar=("LONG", "SHORT"),
+        help="scale frames to fit this (default: as in training)")
     add_device_arguments(parser)
 
-    group = parser.add_argument_group("benchmark")
-    group.add_argument("--variants", nargs="+", choices=MIT_VARIANTS, default=list(PAPER_FPS),
-                       metavar="NAME", help="encoder variants to measure")
-    group.add_argument("--size", type=at_least(1), nargs=2, default=(480, 864), metavar=("H", "W"),
-                       help="size of the benchmark's frames")
+    add = parser.add_argument_group("benchmark").add_argument
+    add("--variants", nargs="+", choices=MIT_VARIANTS, default=["b0", "b1", "b2", "b5"],
+        metavar="NAME", help="encoder variants to measure")
+    add("--size", type=between(1), nargs=2, default=(480, 864), metavar=("H", "W"),
+        help="size of the benchmark's frames")
     args = parser.parse_args()
-    check_arguments(parser, args)
+    if not args.benchmark and not args.data and not (args.checkpoint and args.frames):
+        parser.error("--data DIR is missing, or --frames DIR to segment with --checkpoint FILE")
+    if args.frames and (args.json or args.pictures or not (args.save or args.overlay)):
+        parser.error("--frames have no labels: they need --save DIR for the masks or "
+                     "--overlay DIR, and nothing else")
+    if args.explain and not (args.checkpoint and args.pictures and args.data):
+        parser.error("--explain needs --checkpoint FILE, --data DIR and --pictures DIR")
     args.device = torch.device(args.device)
     return args
 
 
 def add_device_arguments(parser: argparse.ArgumentParser):
     """The arguments on devices, which train.py has as well."""
-    devices = ["cpu"]
-    if torch.backends.mps.is_available():
-        devices.insert(0, "mps")
-    if torch.cuda.is_available():
-        devices.insert(0, "cuda")
-    group = parser.add_argument_group("device")
-    group.add_argument("--device", choices=devices, default=devices[0],
-                       help="where the network runs")
-    group.add_argument("--amp", choices=["bf16", "none"], default="none",
-                       help="mixed precision: bf16 is faster and a little less exact")
-
-
-def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
-    """End the script if arguments don't go together."""
-    if not args.benchmark and not args.data and not (args.checkpoint and args.frames):
-        parser.error("--data DIR is missing, or --frames DIR to segment with --checkpoint FILE")
-    if args.frames and (args.json or args.pictures or not (args.save or args.overlay)):
-        parser.error("--frames have no labels: they need --save DIR for the masks or "
-                     "--overlay DIR, and nothing else")
-    if args.explain:
-        one = args.checkpoint and args.pictures and args.data
-        if not one or args.save or args.overlay or args.json:
-            parser.error("--explain needs --checkpoint FILE, --data DIR and --pictures DIR, and "
-                         "nothing else")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    add = parser.add_argument_group("device").add_argument
+    add("--device", choices=devices, default=devices[0], help="where the network runs")
+    add("--amp", choices=["bf16", "none"], default="none",
+        help="mixed precision: bf16 is faster and a little less exact")
 
 
 def main():
@@ -418,22 +396,17 @@ def run(args: argparse.Namespace):
     classes = config["classes"]
     if args.frames:
         frames = list_frames(args.frames)
-        video = Video("", frames, [None] * len(frames))
-        evaluate(methods, [video], classes, args.save, args.overlay)
-        places = " and ".join(str(path) for path in (args.save, args.overlay) if path)
-        if rank() == 0:
-            print(f"the frames' predicted masks are in {places}")
-        return
-
-    first_label = args.first_label
-    if first_label is None:
-        first_label = config.get("first_label", 1)
-    labels = args.labels or config.get("labels")
-    videos = read_split(args.data, args.split, config.get("offsets", ()), labels == "sparse",
-                        first_label)
-    check_labels(videos, classes, args.split)
+        videos = [Video("", frames, [None] * len(frames))]
+    else:
+        first_label = args.first_label
+        if first_label is None:
+            first_label = config.get("first_label", 1)
+        labels = args.labels or config.get("labels")
+        videos = read_split(args.data, args.split, config.get("offsets", ()), labels == "sparse",
+                            first_label)
+        check_labels(videos, classes, args.split)
     results = evaluate(methods, videos, classes, args.save, args.overlay, args.pictures)
-    if rank() > 0:
+    if rank() > 0 or args.frames:
         return
     content = {name: without_nan(metrics.compute()) for name, metrics in results.items()}
     if len(content) == 1:
@@ -476,7 +449,7 @@ def blend(frame: Path, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
     image = Image.blend(original, coloured(mask).convert("RGB"), 0.5)
     if "background" in classes:
         image.paste(original, mask=Image.fromarray(mask == classes.index("background")))
-    areas = np.bincount(mask.ravel(), minlength=IGNORE + 1)
+    areas = np.bincount(mask.ravel(), minlength=256)
     draw_legend(image, areas, classes, font_size=max(10, image.height // 30))
     return image
 
@@ -523,18 +496,18 @@ def draw_video(path: Path, video: Video, labels: Sequence[np.ndarray],
     labelled = [t for t, mask_path in enumerate(video.masks) if mask_path][:PICTURED_FRAMES]
     y, x = np.indices(labels[0].shape)
     stripes = (x + y) % max(2, len(y) // 16) < max(1, len(y) // 64)
-    areas = np.zeros(IGNORE + 1, dtype=np.int64)
+    areas = np.zeros(256, dtype=np.int64)
     rows = []
     for i, t in enumerate(labelled):
         row = [panel(read_frame(video.frames[t]), f"{video.name}, frame {t}"),
                panel(coloured(labels[i]), "label")]
-        areas += np.bincount(labels[i].ravel(), minlength=IGNORE + 1)
+        areas += np.bincount(labels[i].ravel(), minlength=256)
         for name in masks:
             mask = masks[name][i]
             wrong = (labels[i] != IGNORE) & (mask != labels[i])
             hatched = np.where(wrong & stripes, np.uint8(WRONG), mask)
             row.append(panel(coloured(hatched), f"{name}, errors hatched"))
-            areas += np.bincount(mask.ravel(), minlength=IGNORE + 1)
+            areas += np.bincount(mask.ravel(), minlength=256)
         rows.append(row)
     height = rows[0][0].height
     columns = math.ceil(np.count_nonzero(areas[:len(classes)]) / (height // 16))
@@ -573,9 +546,9 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
     """Draw what one pixel (x, y) of the target, the last frame, reads from its references.
 
     There is a column for each reference. From top to bottom: the tokens that STM keeps, the pixel's
-    affinities A^l to them, the same after SAR and after MAA, and the weights B of their values. The
-    last column shows what SAR and MAA convolve: the affinities of one token, the most-used one of
-    the nearest reference, to all positions of the target. Each title gives its map's range.
+    affinities A^4 and A^2 to them, the same after SAR and after MAA, and the weights B of their
+    values. The last column shows what SAR and MAA convolve: the affinities of one token, which has
+    a ring in the nearest reference, to all positions of the target.
     """
     images = list(read_frames(frames))
     device = next(model.parameters()).device
@@ -588,41 +561,37 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
         h, w = (4 * side // model.reference_stride for side in fused.shape[-2:])    # of tokens
         reference = model.keys_and_values(features, model.at_stride_8(fused))
         kept, steps = reconstruction_steps(model, queries, reference)
-        column = [panel(ringed(target, x, y), "target and its pixel")]
         heats = []
         for name, maps in steps.items():
-            tokens = torch.full((h * w,), math.nan)         # NaN for those that STM drops
-            tokens[kept] = maps[:, int(y * maps.shape[1]), int(x * maps.shape[2])].float()
-            heats.append(heat_panel(tokens.view(h, w), image, name))
-        dropped = Image.fromarray(tokens.view(h, w).isnan().numpy()).resize(image.size)
+            read = torch.full((h * w,), math.nan)           # NaN for tokens that STM drops
+            read[kept] = maps[:, int(y * maps.shape[1]), int(x * maps.shape[2])]
+            heats.append(heat_panel(read.view(h, w), image, name))
+        dropped = Image.fromarray(read.view(h, w).isnan().numpy()).resize(image.size)
         dark = Image.composite(image.point(lambda v: v // 4), image, dropped)
-        column.append(panel(dark, f"reference {path.stem}: STM drops dark"))
-        columns.append(column + heats)
+        columns.append([panel(dark, f"reference {path.stem}, STM"), *heats])
 
     # The token of the nearest reference, the last one, that the pixel reads most.
-    B = steps["B: weights"]                                             # (m, h_2, w_2)
-    token = int(B[:, int(y * B.shape[1]), int(x * B.shape[2])].argmax())
-    top, left = divmod(int(kept[token]), w)
-    column = [panel(target, "target"),
-              panel(ringed(image, (left + 0.5) / w, (top + 0.5) / h), "most-used token")]
-    column += [heat_panel(maps[token], target, name) for name, maps in steps.items()]
-    columns.append(column)
+    position = int(read.nan_to_num().argmax())
+    top, left = divmod(position, w)
+    columns[-1][0] = panel(ringed(dark, (left + 0.5) / w, (top + 0.5) / h),
+                           f"reference {path.stem}, a token")
+    token = kept.tolist().index(position)
+    heats = [heat_panel(maps[token], target, name) for name, maps in steps.items()]
+    columns.append([panel(ringed(target, x, y), "target and its pixel"), *heats])
     return tile(zip(*columns, strict=True))
 
 
 def reconstruction_steps(model: MRCFA, queries: Sequence[Tensor], reference
                          ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the tokens (m,) that STM keeps, and the maps (m, h_l, w_l) of each step after it."""
-    kept, A2, A3, A4, M2, B, _ = model.reconstruct(queries, reference)
-    size2, size3, size4 = (Q.shape[1:3] for Q in queries)
-    A2, A3, A4, B = as_maps(A2, size2), as_maps(A3, size3), as_maps(A4, size4), as_maps(B, size2)
-    sar = model.aggregation
-    steps = {"A4 (target stride 32)": A4, "A3 (target stride 16)": A3, "A2 (target stride 8)": A2,
-             "SAR: G4(A4)": sar.g4(A4), "SAR: G3(A3)": sar.g3(A3), "SAR: G2(A2)": sar.g2(A2),
-             "MAA: M2": M2, "B: weights": B}
+    """Return the tokens (m,) that STM keeps, and the maps (m, h_l, w_l) of some steps after it."""
+    kept, A2, _, A4, M2, B, _ = model.reconstruct(queries, reference)
+    size2, _, size4 = (Q.shape[1:3] for Q in queries)
+    A2, A4, B = as_maps(A2, size2), as_maps(A4, size4), as_maps(B, size2)
+    steps = {"A4 (target stride 32)": A4, "A2 (target stride 8)": A2,
+             "SAR: G2(A2)": model.aggregation.g2(A2), "MAA: M2": M2, "B: weights": B}
     for name, maps in steps.items():
         channels = maps[0].unflatten(0, (kept.shape[1], -1))    # b1 has two per token
-        steps[name] = channels.mean(1).cpu()
+        steps[name] = channels.mean(1).float().cpu()
     return kept[0].cpu(), steps
 
 
@@ -658,8 +627,8 @@ def benchmark(args: argparse.Namespace):
     if args.device.type == "cuda":
         hardware = torch.cuda.get_device_name(args.device)
     print(f"{args.size[0]}x{args.size[1]}, {num_classes} classes, {args.amp}, {hardware}\n")
-    print("| | M params | GFLOPs | ms | FPS | / SegFormer | paper's |")
-    print("|---|" + "---:|" * 6)
+    print("| | M params | GFLOPs | ms | FPS | / SegFormer |")
+    print("|---|" + "---:|" * 5)
     for variant in args.variants:
         model = MRCFA(variant, num_classes).eval().to(args.device)
         clip = torch.randn(1, len(model.offsets) + 1, 3, *args.size, device=args.device)
@@ -684,12 +653,9 @@ def benchmark(args: argparse.Namespace):
                 work()
             seconds = float(np.median(times[name]))
             ratio = seconds / float(np.median(times["SegFormer"]))
-            paper = ""
-            if name == "MRCFA streaming" and variant in PAPER_FPS:
-                paper = f"{PAPER_FPS[variant][0] / PAPER_FPS[variant][1]:.2f}"
-            print(f"| {variant} {name} | {params / 1e6:.2f} "
-                  f"| {counter.get_total_flops() / 1e9:.1f} | {1e3 * seconds:.0f} "
-                  f"| {1 / seconds:.2f} | {ratio:.2f} | {paper} |", flush=True)
+            gflops = counter.get_total_flops() / 1e9
+            print(f"| {variant} {name} | {params / 1e6:.2f} | {gflops:.1f} | {1e3 * seconds:.0f} "
+                  f"| {1 / seconds:.2f} | {ratio:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ n_l = h_l w_l positions. A reference has N tokens, of which STM keeps m.
 """
 import math
 import re
-import sys
+import warnings
 from collections import deque
 from contextlib import nullcontext
 from typing import NamedTuple, Sequence
@@ -219,10 +219,10 @@ class MRCFA(nn.Module):
     SegFormer's prediction for frame t. All clip_logits are of the target: clip_logits[:, i] is read
     from O_i, and clip_logits[:, -1] from O.
 
-    `reference_stride` is r. `offsets` are the distances of the T-1 references from the target in a
-    video: four of them make T = 5, with one more auxiliary classifier. `keep_ratio` is STM's p:
-    None is the paper's for the variant, 1 keeps all tokens (no STM). `refine=False` leaves out SAR.
-    `aggregate=False` leaves out MAA; STM then ranks tokens by A^2, because nothing trains A^4.
+    `reference_stride` is r, 32 or 16. `offsets` are the distances of the T-1 references from the
+    target in a video: four of them make T = 5, with one more auxiliary classifier. `keep_ratio` is
+    STM's p: None is the paper's for the variant, 1 keeps all tokens (no STM). `refine=False` leaves
+    out SAR. `aggregate=False` leaves out MAA; STM then ranks by A^2, because nothing trains A^4.
 
     Raises ValueError unless H and W are multiples of 32, and for clips of more than T frames or,
     in training, of fewer.
@@ -234,13 +234,6 @@ class MRCFA(nn.Module):
         super().__init__()
         if keep_ratio is None:
             keep_ratio = KEEP_RATIO_B0 if variant == "b0" else KEEP_RATIO
-        if reference_stride not in (16, 32):
-            raise InputError(f"reference_stride must be 16 or 32, not {reference_stride}")
-        if not offsets or min(offsets) < 1:
-            raise InputError("offsets must be one or more positive numbers of frames, not "
-                             f"{tuple(offsets)}")
-        if not 0 < keep_ratio <= 1:
-            raise InputError(f"keep_ratio must lie in (0, 1], not {keep_ratio}")
         self.reference_stride = reference_stride
         self.keep_ratio = keep_ratio
         self.offsets = tuple(offsets)
@@ -499,14 +492,13 @@ def load_weights(model: nn.Module, path, classes: Sequence[str] | None = None) -
         config = content.get("config")                  # of train.py, or anything of others
         theirs = config.get("classes") if isinstance(config, dict) else None
         if classes and isinstance(theirs, list) and theirs != list(classes):
-            print(f"warning: {path} has other classes or another order: {', '.join(theirs)}; "
-                  "classifiers start from new weights", file=sys.stderr)
+            warnings.warn(f"{path} has other classes or another order: {', '.join(theirs)}; "
+                          "classifiers start from new weights")
             state = {key: value for key, value in state.items() if "classifier" not in key}
         if "value.weight" not in state:                 # which every MRCFA has
             return load_pretrained(model, state)
         if isinstance(model, SegFormer):                # takes the one inside
-            prefix = "segformer."
-            inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            inside = {key: state[key] for key in state if key.startswith("segformer.")}
             return load_pretrained(model, inside)
         own = model.state_dict()
         for key in [key for key in state if "classifier" in key]:
@@ -514,8 +506,7 @@ def load_weights(model: nn.Module, path, classes: Sequence[str] | None = None) -
                 del state[key]
         new = tuple(key for key in own if "classifier" in key and key not in state)
         if new:
-            print("warning: classifiers for other classes or references start from new weights",
-                  file=sys.stderr)
+            warnings.warn("classifiers for other classes or references start from new weights")
         load_strictly(model, state, new)
         return ["classifier"] if "segformer.classifier.1.weight" in new else []
     except InputError as error:

@@ -203,8 +203,6 @@ class MixVisionTransformer(nn.Module):
 
 def mit(variant: str, drop_path: float = 0.1) -> MixVisionTransformer:
     """The MiT encoder "b0" ... "b5". Drop path rises from 0 in the first block to `drop_path`."""
-    if variant not in MIT_VARIANTS:
-        raise InputError(f"unknown variant {variant!r}; choose from {', '.join(MIT_VARIANTS)}")
     channels, depths = MIT_VARIANTS[variant]
     return MixVisionTransformer(channels, depths, drop_path)
 
@@ -271,12 +269,9 @@ class SegFormer(nn.Module):
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
     """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with labels (B, H, W): a scalar.
 
-    The mean is over *all* pixels: ignored ones add 0 but stay in the denominator, as in the
-    released code. Raises ValueError for labels of another shape or type.
+    Labels are int64. The mean is over *all* pixels: ignored ones add 0 but stay in the denominator,
+    as in the released code.
     """
-    if labels.dtype != torch.int64 or labels.ndim != 3 or len(labels) != len(logits):
-        raise InputError(f"labels must be int64 and (B, H, W), here with B = {len(logits)}; got "
-                         f"{labels.dtype} {tuple(labels.shape)}")
     logits = at_least_float32(logits).contiguous()  # CPUs upsample channels-last logits slowly
     full = F.interpolate(logits, labels.shape[1:], mode="bilinear")
     total = F.cross_entropy(full, labels, ignore_index=ignore_index, reduction="sum")
@@ -303,10 +298,8 @@ def load_pretrained(module: nn.Module, source) -> list[str]:
     """
     state = rename(read_state_dict(source))
     if not any(key.startswith("encoder.stages.") for key in state):
-        raise InputError(
-            "no MiT weights in it: expected keys like 'patch_embed1.proj.weight', "
-            "'encoder.patch_embeddings.0.proj.weight', 'stages.0.patch_embeddings.proj.weight' or "
-            f"'layers.0.0.projection.weight', found {some_keys(state)}")
+        raise InputError("no MiT weights in it, in the naming of NVlabs, Hugging Face or "
+                         f"mmsegmentation; it holds {some_keys(state)}")
     segformer = getattr(module, "segformer", module)    # an MRCFA has one inside
     if isinstance(segformer, MixVisionTransformer):
         encoder = {}
@@ -360,11 +353,9 @@ def read_checkpoint(path) -> dict:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # each file format raises its own
+        why = f"can't be read as a checkpoint; it begins with {start!r}"
         if code := re.search(r"GLOBAL (\S+)", str(error)):
-            why = (f"would run code when loaded ({code[1]}); if you trust it, save its state dict "
-                   "in a file of its own")
-        else:
-            why = f"can't be read as a checkpoint; it begins with {start!r}"
+            why = f"would run code when loaded ({code[1]}); save only its state dict in a file"
         raise InputError(f"{path}: {why}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: is not a checkpoint but a {type(content).__name__}")
@@ -388,8 +379,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_state_dict(source) -> dict[str, Tensor]:
-    """Return the weights in `source`, a path or a dict, out of its "state_dict" or "model" if it
-    has one.
+    """Return the weights in `source`, a path or a dict, or in its "state_dict" or "model".
 
     What DataParallel, Lightning or torch.compile put before each key is removed. Raises ValueError
     if there are no weights.

@@ -8,6 +8,7 @@ import csv
 import errno
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import sys
 import threading
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,100 +58,59 @@ def tensor_for(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.float32))
 
 
-class Shapes(dict):
-    """Names and shapes of a checkpoint's weights."""
-
-    def layer(self, name: str, *weight: int):
-        self[f"{name}.weight"], self[f"{name}.bias"] = weight, weight[:1]
-
-
-def backbone_shapes(variant: str) -> Shapes:
-    """NVlabs' MiT checkpoints."""
-    shapes = Shapes()
-    previous = 3
-    for i, (c, depth, r) in enumerate(zip(*MIT_VARIANTS[variant], (8, 4, 2, 1)), 1):
-        kernel = 7 if i == 1 else 3
-        shapes.layer(f"patch_embed{i}.proj", c, previous, kernel, kernel)
-        shapes.layer(f"patch_embed{i}.norm", c)
-        for j in range(depth):
-            block = f"block{i}.{j}"
-            shapes.layer(f"{block}.norm1", c)
-            shapes.layer(f"{block}.norm2", c)
-            shapes.layer(f"{block}.attn.q", c, c)
-            shapes.layer(f"{block}.attn.kv", 2 * c, c)
-            shapes.layer(f"{block}.attn.proj", c, c)
-            if r > 1:
-                shapes.layer(f"{block}.attn.norm", c)
-                shapes.layer(f"{block}.attn.sr", c, c, r, r)
-            shapes.layer(f"{block}.mlp.fc1", 4 * c, c)
-            shapes.layer(f"{block}.mlp.dwconv.dwconv", 4 * c, 1, 3, 3)
-            shapes.layer(f"{block}.mlp.fc2", c, 4 * c)
-        shapes.layer(f"norm{i}", c)
-        previous = c
-    return shapes
+# Our names -> those of the released code, whose SegFormer has NVlabs' names. <2-1> stands for 1.
+RELEASED = {
+    r"segformer\.encoder\.stages\.(\d)\.embed\.": r"backbone.patch_embed<\1+1>.proj.",
+    r"segformer\.encoder\.stages\.(\d)\.embed_norm": r"backbone.patch_embed<\1+1>.norm",
+    r"segformer\.encoder\.stages\.(\d)\.blocks": r"backbone.block<\1+1>",
+    r"segformer\.encoder\.stages\.(\d)\.norm": r"backbone.norm<\1+1>",
+    r"(.*)attn\.reduce": r"\1attn.sr",
+    r"(.*)mlp\.dwconv": r"\1mlp.dwconv.dwconv",
+    r"segformer\.head\.linears\.(\d)": r"decode_head.linear_c<\1+1>.proj",
+    r"segformer\.head\.fuse": "decode_head.linear_fuse.conv",
+    r"segformer\.head\.norm": "decode_head.linear_fuse.bn",
+    r"segformer\.classifier\.1": "decode_head.linear_pred",
+    r"query(\d)": r"decode_head.hypercorre_module.q<\1-1>",
+    r"key(\d)": r"decode_head.hypercorre_module.k<\1-1>",
+    r"reduce(\d)": r"decode_head.sr\1",
+    r"value": "decode_head.sr1_feat",
+    r"auxiliary_classifiers\.(\d)": r"decode_head.deco<\1+1>.smalldecoder",
+    r"classifier": "decode_head.deco4.smalldecoder",
+    r"aggregation\.g(\d)(\d)": r"aggregation.g\1to\2",
+    r"aggregation\.g(.*)\.convs\.0": r"decode_head.hypercorre_module.hpn.encoder_layer\1.0.conv2",
+    r"aggregation\.g(.*)\.norms\.0": r"decode_head.hypercorre_module.hpn.encoder_layer\1.1",
+    r"aggregation\.g(.*)\.convs\.1": r"decode_head.hypercorre_module.hpn.encoder_layer\1.3.conv2",
+    r"aggregation\.g(.*)\.norms\.1": r"decode_head.hypercorre_module.hpn.encoder_layer\1.4",
+}
 
 
-def head_shapes(variant: str, classes: int) -> Shapes:
-    """The SegFormer head in NVlabs' and the released MRCFA's checkpoints."""
-    shapes = Shapes()
-    shapes.layer("conv_seg", classes, 128, 1, 1)
-    shapes["linear_fuse.conv.weight"] = (256, 1024, 1, 1)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        shapes[f"linear_fuse.bn.{name}"] = (256,)
-    shapes["linear_fuse.bn.num_batches_tracked"] = ()
-    shapes.layer("linear_pred", classes, 256, 1, 1)
-    for i, c in enumerate(MIT_VARIANTS[variant][0], 1):
-        shapes.layer(f"linear_c{i}.proj", 256, c)
-    return shapes
-
-
-def mrcfa_shapes(variant: str, classes: int, stride: int) -> Shapes:
-    """What the released MRCFA has beside SegFormer."""
-    shapes = Shapes()
-    for i, c in enumerate(MIT_VARIANTS[variant][0][1:], 1):
-        shapes.layer(f"hypercorre_module.q{i}", c, c)
-        shapes.layer(f"hypercorre_module.k{i}", c, c)
-        if i < 3:
-            kernel = stride // 4 // 2 ** i
-            shapes.layer(f"sr{i + 1}", c, c, kernel, kernel)
-    shapes.layer("sr1_feat", 256, 256, stride // 8, stride // 8)
-    for i in range(1, 5):
-        shapes.layer(f"deco{i}.smalldecoder.1", classes, 256, 1, 1)
-    stacks = {"4": [(1, 1, 3)], "3": [(1, 1, 5)], "2": [(1, 1, 5)], "4to3": [(1, 1, 3)],
-              "3to2": [(1, 1, 3)]}
-    if variant == "b1":
-        stacks = {"4": [(1, 1, 3), (2, 1, 3)], "3": [(1, 1, 3), (2, 1, 3)],
-                  "2": [(1, 1, 5), (2, 1, 3)], "4to3": [(2, 2, 3), (2, 2, 3)],
-                  "3to2": [(2, 2, 3), (1, 2, 3)]}
-    for stack, layers in stacks.items():
-        for i, (c_out, c_in, k) in enumerate(layers):
-            name = f"hypercorre_module.hpn.encoder_layer{stack}"
-            shapes.layer(f"{name}.{3 * i}.conv2", c_out, c_in, k, k)
-            shapes.layer(f"{name}.{3 * i + 1}", c_out)
-    return shapes
-
-
-def weights(shapes: Shapes, prefix: str, kept: str = "") -> dict[str, torch.Tensor]:
-    """Weights by the recipe, whose names begin with `prefix`, and under the names that begin with
-    `kept`."""
-    return {kept + name: tensor_for(prefix + name, shape) for name, shape in shapes.items()}
-
-
-def encoder_weights(prefix: str = "") -> dict[str, torch.Tensor]:
-    """NVlabs' MiT-b0."""
-    return weights(backbone_shapes("b0"), "backbone.", prefix)
-
-
-def head_weights() -> dict[str, torch.Tensor]:
-    """NVlabs' head of b0 for 124 classes."""
-    return weights(head_shapes("b0", 124), "decode_head.", "decode_head.")
+def renamed(key: str, names: dict[str, str]) -> str:
+    """A key after all replacements at its start."""
+    for pattern, theirs in names.items():
+        key = re.sub(f"^{pattern}", theirs, key)
+    return re.sub(r"<(\d)([+-]1)>", lambda match: str(int(match[1]) + int(match[2])), key)
 
 
 def official_state(variant: str, classes: int, stride: int = 32) -> dict[str, torch.Tensor]:
     """What torch.load(released checkpoint)["state_dict"] would hold, with the recipe's numbers."""
-    head = Shapes(head_shapes(variant, classes) | mrcfa_shapes(variant, classes, stride))
-    return (weights(backbone_shapes(variant), "backbone.", "backbone.")
-            | weights(head, "decode_head.", "decode_head."))
+    state = {}
+    for key, value in MRCFA(variant, classes, stride).state_dict().items():
+        name = renamed(key, RELEASED)
+        state[name] = tensor_for(name, tuple(value.shape))
+    return state | {"decode_head.conv_seg.weight": torch.zeros(classes, 128, 1, 1),
+                    "decode_head.conv_seg.bias": torch.zeros(classes)}
+
+
+def encoder_weights(prefix: str = "") -> dict[str, torch.Tensor]:
+    """NVlabs' MiT-b0."""
+    state = official_state("b0", 124)
+    return {prefix + key[9:]: state[key] for key in state if key.startswith("backbone.")}
+
+
+def head_weights() -> dict[str, torch.Tensor]:
+    """NVlabs' head of b0 for 124 classes."""
+    state = official_state("b0", 124)
+    return {key: state[key] for key in state if re.search("linear_|conv_seg", key)}
 
 
 def clip_for(frames: int, height: int, width: int) -> torch.Tensor:
@@ -264,8 +225,8 @@ def test_training_answers_as_the_released_code(released):
 
 @pytest.mark.parametrize("variant, classes, stride, mrcfa, segformer", [
     ("b0", 124, 32, 5.186, 3.746), ("b1", 124, 32, 16.226, 13.709),
-    ("b2", 124, 32, 27.271, 24.754), ("b5", 124, 32, 84.517, 82.001),
-    ("b0", 19, 16, 4.220, None), ("b1", 19, 16, 14.882, None),
+    ("b2", 124, 32, 27.271, 24.754), ("b3", 124, 32, 47.147, None), ("b4", 124, 32, 63.917, None),
+    ("b5", 124, 32, 84.517, 82.001), ("b0", 19, 16, 4.220, None), ("b1", 19, 16, 14.882, None),
 ])
 def test_parameters_in_millions(variant, classes, stride, mrcfa, segformer):
     with torch.device("meta"):
@@ -276,12 +237,6 @@ def test_parameters_in_millions(variant, classes, stride, mrcfa, segformer):
 
     assert count(model) - count(model.auxiliary_classifiers) == pytest.approx(mrcfa, abs=1e-3)
     assert segformer is None or count(model.segformer) == pytest.approx(segformer, abs=1e-3)
-
-
-@pytest.mark.parametrize("variant", ["b3", "b4"])
-@pytest.mark.parametrize("stride", [16, 32])
-def test_every_released_key_of_the_other_variants_is_used(variant, stride):
-    load_official(MRCFA(variant, 3, stride), official_state(variant, 3, stride))
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -316,16 +271,13 @@ def test_mixed_precision_holds_large_affinities(dtype):
     assert (logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
-def test_the_loss_and_its_gradient_stay_exact_under_autocast():
-    logits, labels = torch.randn(2, 5, 16, 16), torch.randint(0, 5, (2, 64, 64))
-    results = []
-    for enabled in (False, True):
-        x = logits.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = segmentation_loss(x, labels)
-            loss.backward()
-        results.append((loss, x.grad))
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_loss_is_computed_in_float32_at_least(dtype):
+    logits, labels = torch.randn(2, 5, 16, 16).to(dtype), torch.randint(0, 5, (2, 64, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = segmentation_loss(logits, labels)
+    wide = logits if dtype == torch.float64 else logits.float()
+    assert loss.dtype == wide.dtype and torch.equal(loss, segmentation_loss(wide, labels))
 
 
 @pytest.mark.parametrize("stride", [16, 32])
@@ -461,29 +413,10 @@ def test_loss_is_the_papers(target_only):
     torch.testing.assert_close(loss, 0.5 * frame_loss + clip_loss)
 
 
-def test_training_goes_on_after_a_validation_loss_in_inference_mode():
-    model, labels = tiny(), torch.zeros(1, 4, 64, 64, dtype=torch.int64)
-    clip = torch.randn(1, 4, 3, 64, 64)
-    with torch.inference_mode():
-        segmentation_loss(model(clip), labels[:, -1])
-    mrcfa_loss(*model.train()(clip), labels).backward()
-    assert model.query2.weight.grad.isfinite().all()
-
-
-def test_the_loss_is_computed_in_float32_at_least():
-    logits, labels = torch.randn(2, 5, 16, 16, dtype=torch.float64), torch.ones(2, 64, 64).long()
-    assert segmentation_loss(logits, labels).dtype == torch.float64
-    half = logits.bfloat16()
-    assert torch.equal(segmentation_loss(half, labels), segmentation_loss(half.float(), labels))
-
-
-def test_loss_counts_ignored_pixels_and_refuses_other_labels():
+def test_loss_counts_ignored_pixels():
     logits, labels = torch.zeros(1, 4, 2, 2), torch.full((1, 8, 8), 255)
     labels[:, :4] = 1
     assert segmentation_loss(logits, labels).item() == pytest.approx(math.log(4) / 2)
-    for wrong in (torch.zeros(1, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64)):
-        with pytest.raises(ValueError, match=r"labels must be int64 and \(B, H, W\), .* B = 1"):
-            segmentation_loss(logits, wrong)
 
 
 def test_model_and_stream_refuse_what_they_cannot_take():
@@ -501,10 +434,6 @@ def test_model_and_stream_refuse_what_they_cannot_take():
     for shape in ((3, 96, 64), (1, 3, 64, 96)):
         with pytest.raises(ValueError, match=r"all of one size; got .* after \(3, 64, 96\)"):
             stream(torch.zeros(shape))
-    for wrong in ({"variant": "b9"}, {"reference_stride": 8}, {"keep_ratio": 1.5}, {"offsets": ()},
-                  {"offsets": (3, 0)}):
-        with pytest.raises(ValueError, match="b9|8|1.5|offsets"):
-            MRCFA(**{"variant": "b0", **wrong})
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -529,58 +458,60 @@ def test_nvlabs_weights_go_into_encoder_segformer_and_mrcfa(tmp_path):
         assert load_pretrained(SegFormer("b0", 124, 768), whole) == ["head", "classifier"]
 
 
+# NVlabs' names of a MiT -> others'. Keys and values are layers of their own there.
 HUGGING_FACE = {
-    "proj": "encoder.patch_embeddings.{i}.proj", "norm": "encoder.patch_embeddings.{i}.layer_norm",
-    "last": "encoder.layer_norm.{i}", "norm1": "layer_norm_1", "norm2": "layer_norm_2",
-    "attn.norm": "attention.self.layer_norm", "attn.sr": "attention.self.sr",
-    "attn.q": "attention.self.query", "attn.proj": "attention.output.dense",
-    "attn.k": "attention.self.key", "attn.v": "attention.self.value",
-    "mlp.fc1": "mlp.dense1", "mlp.fc2": "mlp.dense2", "mlp.dwconv.dwconv": "mlp.dwconv.dwconv",
-    "block": "encoder.block.{i}.{j}",
+    r"patch_embed(\d)\.proj": r"encoder.patch_embeddings.<\1-1>.proj",
+    r"patch_embed(\d)\.norm": r"encoder.patch_embeddings.<\1-1>.layer_norm",
+    r"norm(\d)": r"encoder.layer_norm.<\1-1>",
+    r"block(\d)": r"encoder.block.<\1-1>",
+    r"(.*)\.norm(\d)": r"\1.layer_norm_\2",
+    r"(.*)attn\.norm": r"\1attention.self.layer_norm",
+    r"(.*)attn\.sr": r"\1attention.self.sr",
+    r"(.*)attn\.proj": r"\1attention.output.dense",
+    r"(.*)attn\.q": r"\1attention.self.query",
+    r"(.*)attn\.k": r"\1attention.self.key",
+    r"(.*)attn\.v": r"\1attention.self.value",
+    r"(.*)mlp\.fc": r"\1mlp.dense",
 }
 TRANSFORMERS_5 = {      # in memory
-    "proj": "stages.{i}.patch_embeddings.proj", "norm": "stages.{i}.patch_embeddings.layer_norm",
-    "last": "stages.{i}.layer_norm", "norm1": "layernorm_before", "norm2": "layernorm_after",
-    "attn.norm": "attention.sequence_reduction.layer_norm",
-    "attn.sr": "attention.sequence_reduction.sequence_reduction",
-    "attn.q": "attention.q_proj", "attn.proj": "attention.o_proj",
-    "attn.k": "attention.k_proj", "attn.v": "attention.v_proj",
-    "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2", "mlp.dwconv.dwconv": "mlp.dwconv.dwconv",
-    "block": "stages.{i}.blocks.{j}",
+    r"patch_embed(\d)\.proj": r"stages.<\1-1>.patch_embeddings.proj",
+    r"patch_embed(\d)\.norm": r"stages.<\1-1>.patch_embeddings.layer_norm",
+    r"norm(\d)": r"stages.<\1-1>.layer_norm",
+    r"block(\d)": r"stages.<\1-1>.blocks",
+    r"(.*)\.norm1": r"\1.layernorm_before",
+    r"(.*)\.norm2": r"\1.layernorm_after",
+    r"(.*)attn\.norm": r"\1attention.sequence_reduction.layer_norm",
+    r"(.*)attn\.sr": r"\1attention.sequence_reduction.sequence_reduction",
+    r"(.*)attn\.proj": r"\1attention.o_proj",
+    r"(.*)attn\.([qkv])": r"\1attention.\2_proj",
 }
-MMSEGMENTATION = {
-    "proj": "layers.{i}.0.projection", "norm": "layers.{i}.0.norm", "last": "layers.{i}.2",
-    "norm1": "norm1", "norm2": "norm2", "attn.norm": "attn.norm", "attn.sr": "attn.sr",
-    "attn.proj": "attn.attn.out_proj", "mlp.fc1": "ffn.layers.0", "mlp.fc2": "ffn.layers.4",
-    "mlp.dwconv.dwconv": "ffn.layers.1", "block": "layers.{i}.1.{j}",
+MMSEGMENTATION = {      # where queries, keys and values are one layer
+    r"patch_embed(\d)\.proj": r"layers.<\1-1>.0.projection",
+    r"patch_embed(\d)\.norm": r"layers.<\1-1>.0.norm",
+    r"norm(\d)": r"layers.<\1-1>.2",
+    r"block(\d)": r"layers.<\1-1>.1",
+    r"(.*)attn\.proj": r"\1attn.attn.out_proj",
+    r"(.*)attn\.q\.": r"\1attn.attn.in_proj_",
+    r"(.*)mlp\.fc1": r"\1ffn.layers.0",
+    r"(.*)mlp\.dwconv\.dwconv": r"\1ffn.layers.1",
+    r"(.*)mlp\.fc2": r"\1ffn.layers.4",
 }
 
 
 def in_other_names(names: dict[str, str]) -> dict[str, torch.Tensor]:
     """NVlabs' MiT-b0 in the naming of others."""
-    state, renamed = encoder_weights(), {}
+    state, others = encoder_weights(), {}
     for key, value in state.items():
-        place, kind = key.rsplit(".", 1)
-        part, *layer = place.split(".")
-        stage = int(re.search(r"\d", part)[0]) - 1
-        if part.startswith("patch_embed"):
-            renamed[f"{names[layer[0]]}.{kind}".format(i=stage)] = value
-            continue
-        if part.startswith("norm"):
-            renamed[f"{names['last']}.{kind}".format(i=stage)] = value
-            continue
-        block, layer = names["block"].format(i=stage, j=layer[0]), ".".join(layer[1:])
-        if layer == "attn.kv" and "attn.k" in names:
+        if names is MMSEGMENTATION and ".q." in key:
+            value = torch.cat([value, state[key.replace(".q.", ".kv.")]])
+        if names is MMSEGMENTATION and re.search(r"fc\d\.weight", key):
+            value = value[..., None, None]      # a 1x1 convolution
+        if ".kv." not in key:
+            others[renamed(key, names)] = value
+        elif names is not MMSEGMENTATION:
             for role, half in zip("kv", value.chunk(2)):
-                renamed[f"{block}.{names[f'attn.{role}']}.{kind}"] = half
-        elif layer == "attn.q" and "attn.q" not in names:
-            both = torch.cat([value, state[f"{place.removesuffix('.q')}.kv.{kind}"]])
-            renamed[f"{block}.attn.attn.in_proj_{kind}"] = both
-        elif layer != "attn.kv":
-            if names is MMSEGMENTATION and "fc" in layer and kind == "weight":
-                value = value[..., None, None]      # a 1x1 convolution
-            renamed[f"{block}.{names[layer]}.{kind}"] = value
-    return renamed
+                others[renamed(key.replace("kv", role), names)] = half
+    return others
 
 
 @pytest.mark.parametrize("names, prefix", [
@@ -961,20 +892,15 @@ def test_labels_are_read_as_the_layout_says(tmp_path, monkeypatch):
 
 
 def grey_png(path: Path, values: np.ndarray, bits: int):
-    """A grey PNG of 1, 2 or 4 bits a pixel, which Pillow can read but not write."""
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        check = zlib.crc32(kind + content).to_bytes(4, "big")
-        return len(content).to_bytes(4, "big") + kind + content + check
-
-    rows = b""
-    for row in values:
-        as_bits = "".join(f"{value:0{bits}b}" for value in row)
-        as_bits += "0" * (-len(as_bits) % 8)
-        rows += b"\0" + int(as_bits, 2).to_bytes(len(as_bits) // 8, "big")
-    height, width = values.shape
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([bits, 0, 0, 0, 0])
-    path.write_bytes(data.PNG_SIGNATURE + chunk(b"IHDR", header)
-                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    """A grey PNG of 1, 2 or 4 bits a pixel, which Pillow reads but doesn't write: a palette PNG
+    whose header says that it is grey."""
+    image = Image.fromarray(values.astype(np.uint8))
+    image.putpalette([0, 0, 0] * 2 ** bits)
+    image.save(path, bits=bits)
+    content = bytearray(path.read_bytes())
+    content[25] = 0
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -1091,9 +1017,6 @@ def test_cityscapes_clips_follow_the_frames_numbers(tmp_path):
     Image.fromarray(np.array([[19]], dtype=np.uint8)).save(train_ids)
     with pytest.raises(ValueError, match="label 19"):
         read_labels(train_ids, (1, 1), 19)
-    (root / "leftImg8bit_sequence").rename(root / "elsewhere")
-    with pytest.raises(ValueError, match="leftImg8bit_sequence/train: no such folder"):
-        read_split(root, "train", (3,))
 
 
 # -------------------------------------------------------------------------------------- the scripts
@@ -1139,11 +1062,11 @@ def released_arguments(tmp_path: Path, classes=3, change=None) -> list:
             "--frame-size", 96, 64]
 
 
-def write_checkpoint(path: Path, model, name: str):
+def write_checkpoint(path: Path, model, name: str, classes: list[str] | None = None):
     """A checkpoint of train.py for the videos of these tests."""
-    config = {"model": name, "classes": CLASSES, "frame_size": [96, 64], "offsets": [9, 6, 3],
-              "reference_stride": getattr(model, "reference_stride", None), "keep_ratio": None,
-              "refine": True, "aggregate": True}
+    config = {"model": name, "classes": classes or CLASSES, "frame_size": [96, 64],
+              "offsets": [9, 6, 3], "reference_stride": getattr(model, "reference_stride", None),
+              "keep_ratio": None, "refine": True, "aggregate": True}
     torch.save({"model": model.state_dict(), "config": config}, path)
 
 
@@ -1465,8 +1388,8 @@ def test_training_starts_from_released_and_own_weights(videos, tmp_path, run, ca
                    tmp_path / name, *more) == 0
         return saved(tmp_path / name)["model"]
 
-    state = start("tuned", "--pretrained", tmp_path / "released.pth")
-    assert "classifiers for other classes" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="classifiers for other classes"):
+        state = start("tuned", "--pretrained", tmp_path / "released.pth")
     assert state["classifier.1.bias"].shape == (3,)
     value = tensor_for("decode_head.sr1_feat.weight", (256, 256, 4, 4))
     assert torch.equal(state["value.weight"], value)
@@ -1505,21 +1428,18 @@ def test_what_no_file_has_trained_is_not_frozen(videos, tmp_path, run, capsys):
     torch.save(mit("b0").state_dict(), encoder)
     torch.save(SegFormer("b0", 3, embed_dim=768).state_dict(), wide)
     torch.save(SegFormer("b0", 7).state_dict(), other)
-    write_checkpoint(order, SegFormer("b0", 3), "segformer_b0")
-    torch.save(saved(order.parent, order.name) | {
-        "config": saved(order.parent, order.name)["config"] | {"classes": ["car", "sky", "road"]},
-    }, order)
+    write_checkpoint(order, SegFormer("b0", 3), "segformer_b0", ["car", "sky", "road"])
     args = [training, "--data", videos, "--iters", 1, "--lr", 0, *SMALL, "--pretrained"]
     for path, parts in ((encoder, "head and classifier"), (wide, "head and classifier"),
                         (other, "classifier"), (order, "classifier")):
         with warnings.catch_warnings(record=True):
             assert run(*args, path, "--freeze-segformer", "--out", tmp_path / "frozen") == 2
         assert f"{path} has no weights for this SegFormer's {parts};" in capsys.readouterr().err
-    assert run(*args, order, "--out", tmp_path / "tuned", "--model", "segformer_b0") == 0
-    assert "other classes or another order: car, sky, road" in capsys.readouterr().err
-    for name, same in (("head.fuse.weight", True), ("classifier.1.weight", False)):
-        pair = saved(order.parent, order.name)["model"][name], saved(tmp_path / "tuned")["model"]
-        assert torch.equal(pair[0], pair[1][name]) == same
+    with pytest.warns(UserWarning, match="other classes or another order: car, sky, road"):
+        assert run(*args, order, "--out", tmp_path / "tuned", "--model", "segformer_b0") == 0
+    before, after = saved(tmp_path, order.name)["model"], saved(tmp_path / "tuned")["model"]
+    assert torch.equal(before["head.fuse.weight"], after["head.fuse.weight"])
+    assert not torch.equal(before["classifier.1.weight"], after["classifier.1.weight"])
 
 
 def test_a_checkpoint_rebuilds_its_model(tmp_path):
@@ -1579,7 +1499,7 @@ def test_single_frames_beside_it_and_one_pixel_explained(variant, videos, tmp_pa
     explain = [evaluation, "--checkpoint", path, "--data", videos, "--pictures", out]
     assert run(*explain, "--explain", "v", 12, 95, 0) == 0
     with Image.open(out / "v_12_95_0.png") as picture:
-        assert picture.size == (4 * 204, 10 * 155)
+        assert picture.size == (4 * 204, 6 * 155)
     for place, message in ((("v", 12, 95, 0), "v_12_95_0.png: exists already"),
                            (("v", 2, 0, 0), "a frame from 3 to 17"), (("v", 12, 96, 0), "96x64"),
                            (("v", "x", 0, 0), "--explain v x 0 0: give a frame")):
@@ -1595,15 +1515,16 @@ def test_benchmark_prints_a_row_for_each_way(run, capsys):
     assert [row[0] for row in rows] == ["b0 SegFormer", "b0 MRCFA by clips", "b0 MRCFA streaming"]
     gflops = [float(row[2]) for row in rows]
     assert gflops[1] > gflops[2] >= gflops[0] > 0
-    assert rows[2][6] == "1.47" and float(rows[0][5]) == 1
+    assert float(rows[0][5]) == 1
 
 
 # -------------------------------------------------------------------------- processes and accidents
 
 def join(rank: int, count: int, port: int):
-    """Let this process be one of `count` that meet at a port, as torchrun would."""
-    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", count),
-                        ("MASTER_PORT", port), ("MASTER_ADDR", "127.0.0.1")):
+    """Let this process be one of `count` that meet at a port, as on a cluster with one process in
+    each pod; torchrun would also set LOCAL_RANK."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", count), ("MASTER_PORT", port),
+                        ("MASTER_ADDR", "127.0.0.1")):
         os.environ[name] = str(value)
 
 
@@ -1635,6 +1556,7 @@ def start_training(args: list, group: tuple = (), told: Path | None = None, acci
     """
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)
     accidents = {
+        "infinite loss": (training, "loss_of", lambda: math.inf),
         "signal": (training, "loss_of", lambda: stop_all(2 if group else 1)),   # torchrun repeats
         "spoilt frame": (training, "loss_of", lambda: fail(InputError("frame 7 is spoilt"))),
         "out of memory": (training, "loss_of", lambda: fail(MemoryError())),
@@ -1644,8 +1566,13 @@ def start_training(args: list, group: tuple = (), told: Path | None = None, acci
     }
     if accident:
         module, name, happen = accidents[accident]
-        real, calls = getattr(module, name), iter(range(moment))
-        setattr(module, name, lambda *a: (next(calls, None) is None and happen(), real(*a))[1])
+        real, calls = getattr(module, name), itertools.count()
+
+        def with_accident(*a):
+            factor = happen() if next(calls) == moment else None
+            return real(*a) if factor is None else factor * real(*a)
+
+        setattr(module, name, with_accident)
     if group:
         join(*group)
     if told:
@@ -1709,36 +1636,19 @@ def test_a_training_is_the_same_on_any_number_of_processes(videos, tmp_path, run
     assert all(line["gradient_norm"] > 0 for line in log[:-1])
 
 
-def start_with_an_infinite_loss(args: list, group: tuple, told: Path):
-    """One of two processes; the second one's second loss is infinite. LOCAL_RANK is not set."""
-    join(*group)
-    del os.environ["LOCAL_RANK"]        # as on a cluster with one process in each pod
-    calls, real, train = iter(range(9)), training.loss_of, training.Run.train
-
-    def loss_of(*a):
-        return real(*a) * (math.inf if next(calls) == group[0] == 1 else 1)
-
-    def train_and_tell(self, *a):
-        train(self, *a)
-        torch.save(self.model.state_dict(), told)
-
-    training.loss_of, training.Run.train = loss_of, train_and_tell
-    sys.argv = ["train.py", *map(str, args)]
-    data.run_script(training.main)
-
-
 def test_an_infinite_loss_of_one_process_is_left_out_by_all(videos, tmp_path, capfd):
     args = ["--model", "segformer_b0", "--data", videos, "--iters", 3, *SMALL, "--out",
             tmp_path / "run"]
     port = free_port()
-    assert processes(*((args, (rank, 2, port), tmp_path / f"{rank}.pt") for rank in range(2)),
-                     target=start_with_an_infinite_loss) == [0, 0]
+    told = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    assert processes((args, (0, 2, port), told[0]),
+                     (args, (1, 2, port), told[1], "infinite loss", 1)) == [0, 0]
     assert capfd.readouterr().err.count("iteration 1 is left out: its loss is inf") == 1
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = (torch.load(path, weights_only=True)["model"] for path in told)
     for key, value in first.items():
         assert torch.equal(value, second[key]) and value.isfinite().all(), key
-    assert {int(state["step"]) for state in saved(tmp_path / "run")["optimizer"]["state"].values()
-            } == {2}
+    states = saved(tmp_path / "run")["optimizer"]["state"].values()
+    assert {int(state["step"]) for state in states} == {2}
 
 
 def test_only_exchanges_that_wait_for_an_evaluation_may_take_hours(monkeypatch):
@@ -1969,12 +1879,12 @@ def test_bad_data_is_one_line_that_names_it(spoil, message, videos, tmp_path, ru
     (training, "--data {videos} --dilation 30", "none of the 3 training videos"),
     (training, "--data {videos} --crop 60 64", "multiples of 32"),
     (training, "--model mrcfa_b7", "mrcfa_b7"),
-    (training, "--keep-ratio 1.5", "argument --keep-ratio: 1.5 must lie in (0, 1]"),
+    (training, "--keep-ratio 1.5", "argument --keep-ratio: 1.5 must lie in 0.01 ... 1"),
     (training, "--device quantum", "quantum"),
-    (training, "--seed -1", "argument --seed: -1 must be 0 or more"),
-    (training, "--lr nan", "argument --lr: nan must be 0 or more"),
+    (training, "--seed -1", "argument --seed: -1 must lie in 0 ... "),
+    (training, "--lr nan", "argument --lr: nan must lie in 0 ... "),
     (training, "--crop 64.5 64", "argument --crop: invalid number value: '64.5'"),
-    (training, "--scale-range 0.001 1", "argument --scale-range: 0.001 must be 0.1 or more"),
+    (training, "--scale-range 0.001 1", "argument --scale-range: 0.001 must lie in 0.1 ... "),
     (training, "--batch-size 5 --accumulate 2", "multiple of 1 processes x --accumulate 2"),
     (training, "--data {videos} --dilation 3 2 1 --pretrained none.pth", "none.pth"),
     (evaluation, "--checkpoint none.pt", "--data DIR is missing"),
@@ -2022,8 +1932,8 @@ def test_other_class_names_and_a_single_class_are_said(videos, tmp_path, run, ca
     (videos / "classes.txt").write_text("sky\nstreet\ncar\n")
     assert run(training, *resume) == 0
     assert "class 1 is 'road' in" in capsys.readouterr().err
-    for names, message in (("car\nsky\nstreet", "the order of the classes differs"),
-                           ("heaven\ncar\nstreet", "the order of the classes differs"),
+    for names, message in (("car\nsky\nstreet", "give classes.txt and masks the checkpoint's"),
+                           ("heaven\ncar\nstreet", "give classes.txt and masks"),
                            ("sky\nroad", "has 3 classes, but"),
                            ("sky", "has 1 class names; give 2")):
         (videos / "classes.txt").write_text(names)
@@ -2128,22 +2038,8 @@ def hub(tmp_path, monkeypatch):
     """A server of what is in a folder, in place of Hugging Face, and torch.hub's own folder."""
     folder = tmp_path / "served"
     folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            path = folder / self.path.strip("/")
-            if not path.is_file():
-                return self.send_error(404)
-            content = path.read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content if "broken" not in self.path else content[:1000])
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
@@ -2161,7 +2057,7 @@ def test_pretrained_weights_by_name(hub, videos, tmp_path, run, monkeypatch, cap
     torch.save(encoder, buffer)
     serve("nvidia/mit-b0", "pytorch_model.bin", buffer.getvalue())
     serve("nvidia/safe", "model.safetensors", safetensors_bytes(encoder))
-    serve("nvidia/broken", "pytorch_model.bin", buffer.getvalue())
+    serve("nvidia/broken", "pytorch_model.bin", buffer.getvalue()[:1000])
     serve("nvidia/page", "pytorch_model.bin", b"<!DOCTYPE html><html>sign in</html>")
     args = [training, "--data", videos, "--iters", 1, *SMALL, "--lr", 0, "--out"]
     for name in ("mit-b0", "safe"):

@@ -30,14 +30,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, SYNTHETIC_SIZE, VSPW_CLASSES, ArgumentParser,
-                  ClipDataset, HelpFormatter, Video, at_least, check_labels, check_same_classes,
-                  download_pretrained, fraction, gather, is_cityscapes, join_processes, progress,
-                  rank, read_classes, read_split, refuse_to_overwrite, run_script, say, world_size,
+                  ClipDataset, HelpFormatter, Video, between, check_labels, check_same_classes,
+                  download_pretrained, gather, is_cityscapes, join_processes, progress, rank,
+                  read_classes, read_split, refuse_to_overwrite, run_script, say, world_size,
                   write_synthetic, write_whole)
 from eval import (MODELS, add_device_arguments, autocast, evaluate, metrics_table, segment_video,
                   without_nan)
-from mrcfa import (MRCFA, OFFSETS, build_model, load_weights, model_arguments, mrcfa_loss,
-                   with_path)
+from mrcfa import MRCFA, OFFSETS, build_model, load_weights, model_arguments, mrcfa_loss, with_path
 from segformer import STRIDE, InputError, load_strictly, read_checkpoint, segmentation_loss
 
 # What a data set is trained with unless a flag overrides it. VSPW's is the recipe of the paper.
@@ -158,7 +157,7 @@ class Run:
     def train(self, val: list[Video]):
         """Train from the current iteration to the last one, and evaluate whenever it is due."""
         args = self.args
-        samples = self.samples(self.iteration, args.iters)
+        samples = range(self.first_sample(), args.iters * args.batch_size, self.processes)
         batches = iter(DataLoader(self.clips, self.share, sampler=samples,
                                   num_workers=args.workers, worker_init_fn=leave_signals,
                                   pin_memory=args.device.type == "cuda"))
@@ -245,18 +244,13 @@ class Run:
                 "their frames, or continue with a lower --lr or with --amp none")
             sys.exit(1)
 
-    def samples(self, start: int, end: int) -> list[int]:
-        """Which of the data set's clips this process takes in iterations start ... end - 1."""
-        count = self.args.batch_size // self.processes
-        samples = []
-        for i in range(start, end):
-            first = i * self.args.batch_size + rank() * count
-            samples += range(first, first + count)
-        return samples
+    def first_sample(self) -> int:
+        """The first clip of this process in this iteration. The processes take clips in turns."""
+        return self.iteration * self.args.batch_size + rank()
 
     def seed_dropout(self, part: int):
         """Make dropout's random numbers depend only on the seed and the first clip."""
-        first = self.samples(self.iteration, self.iteration + 1)[part * self.share]
+        first = self.first_sample() + part * self.share * self.processes
         seed = np.random.SeedSequence((self.args.seed, 2, first)).generate_state(1)[0]
         torch.manual_seed(int(seed))
 
@@ -361,76 +355,72 @@ def make_parser() -> ArgumentParser:
         description="Train MRCFA or SegFormer on labelled videos. Defaults are those of the "
                     "synthetic videos; RECIPES in train.py has those of other data sets.",
         formatter_class=HelpFormatter)
-    group = parser.add_argument_group("the run")
-    group.add_argument("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME",
-                       help="mrcfa_b0 ... b5, segformer_b0 ... b5")
-    group.add_argument("--dataset", choices=RECIPES,
-                       help="data set and its recipe, by default as --data looks like")
-    group.add_argument("--data", type=Path, metavar="DIR",
-                       help=f"data folder; the synthetic videos are made in {SYNTHETIC} by default")
-    group.add_argument("--labels", choices=("dense", "sparse"), default="dense",
-                       help="sparse: allow frames without masks")
-    group.add_argument("--first-label", type=int, choices=(0, 1), default=1,
-                       help="value of the first class in label maps; with 1, 0 is ignored")
-    group.add_argument("--out", type=Path, metavar="DIR",
-                       help="folder of this run, never overwritten (default: runs/MODEL)")
-    group.add_argument("--resume", action="store_true",
-                       help="continue the run in --out with its own flags, or start it")
-    group.add_argument("--pretrained", metavar="FILE | OWNER/NAME",
-                       help="weights to start from: of MiT, SegFormer, a released MRCFA, or a "
-                            "last.pt; nvidia/mit-b0 ... are fetched from Hugging Face")
-    group.add_argument("--seed", type=at_least(0), default=0, metavar="N",
-                       help="seed of initialisation, clips and dropout")
-    group.add_argument("--workers", type=at_least(0), default=2, metavar="N",
-                       help="processes that load clips; more if the GPU is idle")
-    group.add_argument("--log-every", type=at_least(1), default=50, metavar="N",
-                       help="iterations per line of log.jsonl")
-    group.add_argument("--save-every", type=at_least(1), default=500, metavar="N",
-                       help="iterations between checkpoints, which a crash can cost")
-    group.add_argument("--eval-every", type=at_least(0), metavar="N",
-                       help="iterations between evaluations (on real data a tenth of the run); 0 "
-                            "evaluates only at the end")
+    add = parser.add_argument_group("the run").add_argument
+    add("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME",
+        help="mrcfa_b0 ... b5, segformer_b0 ... b5")
+    add("--dataset", choices=RECIPES,
+        help="data set and its recipe, by default as --data looks like")
+    add("--data", type=Path, metavar="DIR",
+        help=f"data folder; the synthetic videos are made in {SYNTHETIC} by default")
+    add("--labels", choices=("dense", "sparse"), default="dense",
+        help="sparse: allow frames without masks")
+    add("--first-label", type=int, choices=(0, 1), default=1,
+        help="value of the first class in label maps; with 1, 0 is ignored")
+    add("--out", type=Path, metavar="DIR",
+        help="folder of this run, never overwritten (default: runs/MODEL)")
+    add("--resume", action="store_true",
+        help="continue the run in --out with its own flags, or start it")
+    add("--pretrained", metavar="FILE | OWNER/NAME",
+        help="weights to start from: of MiT, SegFormer, a released MRCFA, or a last.pt; "
+             "nvidia/mit-b0 ... are fetched from Hugging Face")
+    add("--seed", type=between(0), default=0, help="seed of initialisation, clips and dropout")
+    add("--workers", type=between(0), default=2,
+        help="processes that load clips; more if the GPU is idle")
+    add("--log-every", type=between(1), default=50, help="iterations per line of log.jsonl")
+    add("--save-every", type=between(1), default=500,
+        help="iterations between checkpoints, which a crash can cost")
+    add("--eval-every", type=between(0),
+        help="iterations between evaluations (on real data a tenth of the run); 0 evaluates only "
+             "at the end")
 
-    group = parser.add_argument_group("clips")
-    group.add_argument("--batch-size", type=at_least(1), metavar="N",
-                       help="clips per iteration, over all processes; the paper has 8")
-    group.add_argument("--dilation", dest="offsets", type=at_least(1), nargs="+", default=OFFSETS,
-                       metavar="N", help="distances of the references, in frames, oldest first")
-    group.add_argument("--frame-size", type=at_least(1), nargs=2, metavar=("LONG", "SHORT"),
-                       help="scale frames to fit this, here and in evaluation")
-    group.add_argument("--scale-range", type=at_least(0.1, float), nargs=2, metavar=("MIN", "MAX"),
-                       help="range of a random factor on the frames' size; 1 1 turns it off")
-    group.add_argument("--crop", type=at_least(1), nargs=2, metavar=("H", "W"),
-                       help="size of random crops, multiples of 32. Half of them are mirrored, so "
-                            "left and right can't be classes")
+    add = parser.add_argument_group("clips").add_argument
+    add("--batch-size", type=between(1),
+        help="clips per iteration, over all processes; the paper has 8")
+    add("--dilation", dest="offsets", type=between(1), nargs="+", default=OFFSETS, metavar="N",
+        help="distances of the references, in frames, oldest first")
+    add("--frame-size", type=between(1), nargs=2, metavar=("LONG", "SHORT"),
+        help="scale frames to fit this, here and in evaluation")
+    add("--scale-range", type=between(0.1, kind=float), nargs=2, metavar=("MIN", "MAX"),
+        help="range of a random factor on the frames' size; 1 1 turns it off")
+    add("--crop", type=between(1), nargs=2, metavar=("H", "W"),
+        help="size of random crops, multiples of 32. Half of them are mirrored, so left and right "
+             "can't be classes")
 
-    group = parser.add_argument_group("optimiser")
-    group.add_argument("--accumulate", type=at_least(1), default=1, metavar="N",
-                       help="split each process's clips into N parts, one after the other, to save "
-                            "memory")
-    group.add_argument("--iters", type=at_least(1), metavar="N",
-                       help="iterations, over which the learning rate falls to 0")
-    group.add_argument("--lr", type=at_least(0, float),
-                       help="learning rate of the encoder; higher from scratch")
-    group.add_argument("--head-lr", type=at_least(0, float), metavar="FACTOR",
-                       help="learning-rate multiplier of all other layers; 1 from scratch")
-    group.add_argument("--warmup", type=at_least(0), metavar="N",
-                       help="iterations over which the rate rises, by default a tenth or fewer")
+    add = parser.add_argument_group("optimiser").add_argument
+    add("--accumulate", type=between(1), default=1,
+        help="split each process's clips into N parts, one after the other, to save memory")
+    add("--iters", type=between(1), help="iterations, over which the learning rate falls to 0")
+    add("--lr", type=between(0, kind=float),
+        help="learning rate of the encoder; higher from scratch")
+    add("--head-lr", type=between(0, kind=float), metavar="FACTOR",
+        help="learning-rate multiplier of all other layers; 1 from scratch")
+    add("--warmup", type=between(0),
+        help="iterations over which the rate rises, by default a tenth or fewer")
 
-    group = parser.add_argument_group("MRCFA, and what it is without its parts")
-    group.add_argument("--reference-stride", type=int, choices=(16, 32),
-                       help="stride of the reference tokens; 16 is finer and slower")
-    group.add_argument("--freeze-segformer", action="store_true",
-                       help="train only MRCFA's own layers, on the SegFormer of --pretrained")
-    group.add_argument("--positive-kernels", action=argparse.BooleanOptionalAction,
-                       help="start SAR and MAA with positive kernels: not in the paper, but faster "
-                            "to learn, since random kernels can flip signs")
-    group.add_argument("--keep-ratio", type=fraction, metavar="P",
-                       help="share of the tokens that STM keeps, 1 for all (default: the paper's)")
-    group.add_argument("--sar", dest="refine", action=argparse.BooleanOptionalAction, default=True,
-                       help="refine affinities with SAR")
-    group.add_argument("--maa", dest="aggregate", action=argparse.BooleanOptionalAction,
-                       default=True, help="merge scales with MAA, or use only the finest")
+    add = parser.add_argument_group("MRCFA, and what it is without its parts").add_argument
+    add("--reference-stride", type=int, choices=(16, 32),
+        help="stride of the reference tokens; 16 is finer and slower")
+    add("--freeze-segformer", action="store_true",
+        help="train only MRCFA's own layers, on the SegFormer of --pretrained")
+    add("--positive-kernels", action=argparse.BooleanOptionalAction,
+        help="start SAR and MAA with positive kernels: not in the paper, but faster to learn, "
+             "since random kernels can flip signs")
+    add("--keep-ratio", type=between(0.01, 1, float),
+        help="share of the tokens that STM keeps, 1 for all (default: the paper's)")
+    add("--sar", dest="refine", action=argparse.BooleanOptionalAction, default=True,
+        help="refine affinities with SAR")
+    add("--maa", dest="aggregate", action=argparse.BooleanOptionalAction, default=True,
+        help="merge scales with MAA, or use only the finest")
     add_device_arguments(parser)
     return parser
 
@@ -477,8 +467,6 @@ def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
         parser.error(f"--data DIR is missing: the folder of the {args.dataset} data set")
     if args.crop[0] % STRIDE or args.crop[1] % STRIDE:
         parser.error(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}")
-    if args.scale_range[0] > args.scale_range[1]:
-        parser.error("--scale-range: MIN must not be above MAX")
     if args.freeze_segformer and not (args.model.startswith("mrcfa") and args.pretrained):
         parser.error("--freeze-segformer needs an MRCFA as --model, and --pretrained FILE with the "
                      "SegFormer to freeze")
@@ -533,14 +521,12 @@ def prepare_data(args: argparse.Namespace, checkpoint: dict | None
     if checkpoint:
         check_same_classes(args.classes, classes, args.out / "last.pt", args.data)
     args.classes = classes
-    splits = []
-    for split in ("train", "val"):
-        videos = read_split(args.data, split, args.offsets, args.labels == "sparse",
-                            args.first_label, training=split == "train")
-        check_labels(videos, classes, split)
-        splits.append(videos)
-    videos, val = splits
-    clips = ClipDataset(videos, len(classes), args.offsets, args.crop, args.frame_size,
+    read = partial(read_split, args.data, offsets=args.offsets, sparse=args.labels == "sparse",
+                   first_label=args.first_label)
+    train, val = read("train", training=True), read("val")
+    check_labels(train, classes, "train")
+    check_labels(val, classes, "val")
+    clips = ClipDataset(train, len(classes), args.offsets, args.crop, args.frame_size,
                         args.scale_range, args.seed)
     return clips, val
 
