@@ -13,9 +13,6 @@ Cityscapes' official folders, in which one frame of 30 is labelled:
 
     DIR/leftImg8bit_sequence/<split>/<city>/<city>_<sequence>_<frame>_leftImg8bit.png
     DIR/gtFine/<split>/<city>/<city>_<sequence>_<frame>_gtFine_labelIds.png (or labelTrainIds)
-
-Errors that the user can fix (a missing file, a label that doesn't exist) are an InputError or an
-OSError, with one line that names the file.
 """
 import argparse
 import colorsys
@@ -31,7 +28,6 @@ import tempfile
 import traceback
 import warnings
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterable, Iterator, Sequence
@@ -134,9 +130,7 @@ def read_classes(root: Path, default: Sequence[str] = ()) -> list[str]:
 
 def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: Path, root: Path):
     """Raise InputError unless the classes of `who`, a checkpoint, are those of the data in `root`.
-
-    If only names differ, and none of them changed places, warn on stderr.
-    """
+    If names differ, but none changed places, only warn."""
     if len(theirs) != len(ours):
         raise InputError(f"{who}: has {len(theirs)} classes, but {root} has {len(ours)}")
     differ = [k for k in range(len(ours)) if theirs[k] != ours[k]]
@@ -151,9 +145,7 @@ def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: Path, ro
 def read_split(root: Path, split: str, offsets: Sequence[int] = (), sparse: bool = False,
                first_label: int = 1, training: bool = False) -> list[Video]:
     """The videos of a split; for Cityscapes only the frames at `offsets` from the labelled ones.
-
-    With `sparse`, frames may lack masks, but not all frames of a video.
-    """
+    With `sparse`, frames may lack masks."""
     if is_cityscapes(root):
         return read_cityscapes(root, split, offsets, training)
     path = root / f"{split}.txt"
@@ -212,8 +204,7 @@ def read_cityscapes(root: Path, split: str, offsets: Sequence[int], training: bo
                 masks = [None] * len(offsets) + [label]
                 clips.append(Video(name, frames, masks, places, first_label=0))
         if not clips:
-            target = city / f"{name}_leftImg8bit.png"
-            clips = [Video(name, [target], [label], places, first_label=0)]
+            clips = [Video(name, frames[-1:], [label], places, first_label=0)]
         videos += clips if training else clips[:1]
     return videos
 
@@ -222,7 +213,7 @@ def number_order(path: Path, number: str = r"\d+") -> tuple:
     """A sort key for files: by the numbers in their names, frame_9 before frame_10."""
     parts = re.split(f"({number})", path.stem)      # text and numbers in turns
     for i in range(1, len(parts), 2):
-        parts[i] = Decimal(parts[i])
+        parts[i] = float(parts[i])
     return parts, path.name
 
 
@@ -234,11 +225,8 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def list_frames(folder: Path) -> list[Path]:
-    """The frames in a folder, in the order of the numbers in their names.
-
-    Raises InputError if there are none, if two have one name, for images of other formats, and for
-    names like 1.05 and 1.1, which have two orders.
-    """
+    """The frames in a folder, in the order of the numbers in their names. Raises InputError if that
+    is ambiguous (1.05 and 1.1, or two frames of one name), and for other formats."""
     frames = sorted(images_in(folder), key=number_order)
     if not frames:
         raise InputError(f"{folder}: no frames in it ({', '.join(FRAME_SUFFIXES)})")
@@ -290,8 +278,7 @@ def read_frames(paths: Iterable[Path]) -> Iterator[Image.Image]:
 
 
 def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool]:
-    """Read a mask of the given (width, height): the values of a grey PNG, or the indices of a
-    palette PNG.
+    """Read a mask of the given (width, height): a grey PNG's values, or a palette PNG's indices.
 
     Editors and optimisers renumber a palette. So a mask in the colours of `coloured` is read by
     these. Returns the values, and whether they were read by colours: then they count from 0.
@@ -327,10 +314,8 @@ def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool
 
 def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label: int = 1
                 ) -> Image.Image:
-    """Read a label map of the given (width, height): classes 0 ... K-1, and 255 for all ignored.
-
-    In the file classes count from `first_label`, 1 or 0.
-    """
+    """Read a label map of the given (width, height), in which classes count from `first_label`:
+    -> classes 0 ... K-1, and 255 for all ignored."""
     image, is_prediction = read_index_map(path, size)
     if path.name.endswith("_gtFine_labelIds.png"):
         values = CITYSCAPES_IDS
@@ -341,8 +326,7 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label
         if first_label and is_prediction:
             raise InputError(f"{path}: has the colours of a predicted mask, which counts from 0, "
                              "but label maps count from 1 here (--first-label 0 reads both)")
-    counts = image.histogram()[:IGNORE]
-    highest = max((value for value in range(IGNORE) if counts[value]), default=0)
+    highest = np.flatnonzero(image.histogram()[:IGNORE]).max(initial=0)
     if highest > max(values):
         raise InputError(f"{path}: label {highest}, but there are {num_classes} classes")
     classes = [IGNORE] * 256
@@ -352,11 +336,9 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label
 
 
 def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
-    """Read up to CHECKED_MASKS masks of a split before a long run.
-
-    Raises InputError if one can't be used, if no pixel has a class, or if masks seem to count from
-    0 and leave one class to train on. Warns of such masks, and of training classes without pixels.
-    """
+    """Read up to CHECKED_MASKS masks of a split before a long run. Raises InputError if one can't
+    be used, or if they leave nothing to learn. Warns if they seem to count from 0, and of training
+    classes without pixels."""
     pairs = []
     for video in videos:
         pairs += [pair for pair in zip(video.masks, video.frames, strict=True) if pair[0]]
@@ -419,8 +401,8 @@ def fit(size: tuple[int, int], frame_size: Sequence[float]) -> tuple[int, int]:
 def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) -> Tensor:
     """An RGB frame -> (3, H, W) float32, normalised, H and W multiples of 32.
 
-    It is fitted into `frame_size` (long, short), then resized up to multiples of 32, both times
-    bilinearly as OpenCV does it: half-pixel centres, no antialiasing, rounded.
+    It is fitted into `frame_size` (long, short), then resized up to multiples of 32, both times as
+    by OpenCV: bilinearly, half-pixel centres, no antialiasing, rounded.
     """
     width, height = fit(image.size, frame_size)
     stretched = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
@@ -461,15 +443,10 @@ class ClipDataset(torch.utils.data.Dataset):
         self.scale_range = scale_range
         self.seed = seed
         self.sparse = any(None in video.masks for video in videos)
-        self.videos = []
-        self.directions = []                        # of each video, see `possible_directions`
-        for video in videos:
-            directions = self.possible_directions(video)
-            if directions:
-                self.videos.append(video)
-                self.directions.append(directions)
-        self.too_short = len(videos) - len(self.videos)
-        if not self.videos:
+        directions = [self.possible_directions(video) for video in videos]
+        self.directions = [found for found in directions if found]
+        self.too_short = len(videos) - len(self.directions)
+        if not self.directions:
             raise InputError(f"none of the {len(videos)} training videos has a labelled frame with "
                              "all references; give smaller offsets (--dilation)")
 
@@ -487,8 +464,8 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def choose(self, index: int) -> tuple[Video, np.random.Generator]:
         """Item i's frames and masks, target last, and the random numbers for its augmentation."""
-        epoch, place = divmod(index, len(self.videos))
-        order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.videos))
+        epoch, place = divmod(index, len(self.directions))
+        order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.directions))
         directions = self.directions[order[place]]
         rng = np.random.default_rng((self.seed, 1, index))
         video, targets = directions[rng.integers(len(directions))]
@@ -549,10 +526,8 @@ def cut(image: Image.Image, size: tuple[int, int], box: tuple[float, ...], flip:
 
 
 def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Change brightness, contrast, saturation and hue, each with p = 0.5.
-
-    Brightness comes first, contrast second or, as a coin decides, last.
-    """
+    """Change brightness, contrast, saturation and hue, each with p = 0.5. Contrast comes second or,
+    as a coin decides, last."""
     levels = np.arange(256.0)
     brightness = rng.uniform(-BRIGHTNESS, BRIGHTNESS) if rng.random() < 0.5 else 0
     contrast = rng.uniform(*CONTRAST) if rng.random() < 0.5 else 1
@@ -595,10 +570,9 @@ BAD_MOMENTS = ("dark", "bright", "noisy", "glare", "shaken")
 def write_synthetic(root: Path):
     """Make the data set of synthetic videos in the VSPW layout: all of it, or nothing.
 
-    Coloured objects move before a moving background; an object's texture is its class. In bursts of
-    three frames textures are gone: the picture still shows where the objects are and of what
-    colour, but not *what* they are. That can be seen 3, 6 and 9 frames earlier. So a method must
-    find the same object in other frames, by its colour.
+    Coloured objects move in front of a background; the texture of an object is its class. In bursts
+    of three frames the textures are gone. The class can then only be seen 3, 6 and 9 frames
+    earlier, so a method must find the same object there, by its colour.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}", dir=root.parent) as folder:
@@ -774,10 +748,7 @@ def refuse_to_overwrite(path: Path, instead: str = "give another name"):
 
 
 def run_script(main: Callable[[], None]):
-    """Run a script's main. An error that the user can fix is one line on stderr, and exit code 2.
-
-    Python's development mode, `python -X dev train.py`, shows the traceback as well.
-    """
+    """Run a script's main. An error that the user can fix is one line on stderr and exit code 2."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:          # closed, for instance by a service
             setattr(sys, name, open(os.devnull, "w"))
@@ -793,7 +764,7 @@ def run_script(main: Callable[[], None]):
     except BaseException as error:
         line = in_one_line(error)
         code = 130 if isinstance(error, KeyboardInterrupt) else 2 if line else 1
-        if line is None or sys.flags.dev_mode:
+        if line is None:
             traceback.print_exc()
         else:
             print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
@@ -827,20 +798,16 @@ def in_one_line(error: BaseException) -> str | None:
 
 
 def download_pretrained(source: str) -> Path:
-    """The file of pretrained weights `source`, or of OWNER/NAME on Hugging Face, downloaded once
-    into torch.hub's folder.
-
-    The variable HF_ENDPOINT replaces the host. Raises InputError, with the address, if that fails.
-    """
+    """The file of pretrained weights `source`, or of OWNER/NAME on Hugging Face (or HF_ENDPOINT),
+    downloaded once into torch.hub's folder."""
     if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return Path(source)
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     folder = Path(torch.hub.get_dir(), "checkpoints", source)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("pytorch_model.bin", "model.safetensors")]
-    for file in files:
-        if file.exists():
-            return file
+    if kept := [file for file in files if file.exists()]:
+        return kept[0]
     for file in files:
         url = f"{host}/{source}/resolve/main/{file.name}"
         try:
@@ -898,11 +865,9 @@ def say(text: str):
 
 @torch.no_grad()
 def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequence[int]) -> Tensor:
-    """The same as `interpolate_and_decode`, on CPUs many times as fast.
-
-    Bilinear weights are positive, sum to 1 and are the same for all classes. So if one class is the
-    largest at all positions that a pixel reads from, it is the pixel's class.
-    """
+    """The same as `interpolate_and_decode`, on CPUs many times as fast. Bilinear weights are
+    positive and the same for all classes. So if one class is the largest at all positions that a
+    pixel reads from, it is the pixel's class."""
     if logits.device.type != "cpu":
         return interpolate_and_decode(logits, network_size, frame_size)
     h, w = logits.shape[1:]

@@ -22,11 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, PALETTE,
                   VSPW_CLASSES, WRONG, ArgumentParser, HelpFormatter, Video, between, check_labels,
-                  check_same_classes, coloured, decode_mask, fit, gather, join_processes,
-                  list_frames, network_input, progress, rank, read_classes, read_frame, read_frames,
+                  check_same_classes, coloured, decode_mask, gather, join_processes, list_frames,
+                  network_input, progress, rank, read_classes, read_frame, read_frames,
                   read_index_map, read_labels, read_split, refuse_to_overwrite, run_script,
                   world_size, write_image)
-from mrcfa import MRCFA, as_maps, load_checkpoint, read_weights, reference_indices, with_path
+from mrcfa import MRCFA, as_maps, load_checkpoint, read_weights, reference_indices
 from segformer import EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_strictly, read_checkpoint
 
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
@@ -34,7 +34,7 @@ WINDOWS = (8, 16)               # n of the video consistencies mVC_n, in frames
 PICTURED_VIDEOS = 3             # videos with pictures
 PICTURED_FRAMES = 100           # frames in a picture, the first labelled ones of a video
 PANEL = 200                     # long side of a picture's panels, in pixels
-LEGEND = 204                    # width of a legend's column, in pixels
+LEGEND = 204                    # width of a legend's column, in pixels, for letters of 10 pixels
 ROUNDS = 5                      # times that the benchmark measures each model
 
 # A function that yields a mask (H, W) uint8, or None, for each frame of a video.
@@ -56,10 +56,7 @@ class SegmentationMetrics:
         self.consistencies: dict[int, list[float]] = {n: [] for n in WINDOWS}   # of each window
 
     def update(self, labels, predictions):
-        """Add one whole video, integer arrays or tensors (frames, H, W).
-
-        Raises ValueError if shapes or types are wrong, or if a value is not a class.
-        """
+        """Add one whole video, integer arrays or tensors (frames, H, W), or raise ValueError."""
         labels = self.as_bytes(labels, "labels")
         predictions = self.as_bytes(predictions, "predictions")
         if labels.shape != predictions.shape:
@@ -123,10 +120,8 @@ class SegmentationMetrics:
         """Add what the other processes of a torch.distributed group have counted."""
         shares = gather((self.confusion, self.consistencies))
         self.confusion = sum(confusion for confusion, _ in shares)
-        self.consistencies = {n: [] for n in WINDOWS}
-        for _, consistencies in shares:
-            for n in WINDOWS:
-                self.consistencies[n] += consistencies[n]
+        for n in WINDOWS:
+            self.consistencies[n] = sum((share[n] for _, share in shares), [])
 
 
 def run_lengths(frames: Tensor) -> Iterator[Tensor]:
@@ -211,9 +206,8 @@ def evaluate(methods: dict[str, Segment], videos: Sequence[Video], classes: Sequ
              ) -> dict[str, SegmentationMetrics]:
     """Compare the masks of each method with the labels -> metrics of each.
 
-    Masks go to the folder `save`, and blended with the frames to `overlay`. If there are several
-    methods, each has a folder in there. The first videos are drawn in `pictures`. The processes of
-    a torch.distributed group share the videos, and all get the same metrics.
+    Masks go to `save`, blended with their frames to `overlay`, and the first videos to `pictures`.
+    The processes of a torch.distributed group share the videos, and all get the same metrics.
     """
     results = {name: SegmentationMetrics(len(classes)) for name in methods}
     longest_first = sorted(range(len(videos)), key=lambda i: -len(videos[i].frames))
@@ -268,7 +262,7 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
         raise InputError(f"{path}: is not train.py's; for a released checkpoint give --model and "
                          "--num-classes")
     if isinstance(model, MRCFA):
-        model.offsets = tuple(args.dilation or model.offsets)
+        model.offsets = tuple(args.offsets or model.offsets)
         model.keep_ratio = args.keep_ratio or model.keep_ratio
         config["offsets"] = model.offsets
     else:
@@ -281,8 +275,9 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
 def load_released(path: Path, name: str, num_classes: int) -> tuple[nn.Module, dict]:
     """A released MRCFA or SegFormer, or the bare weights of one of ours, and a config for it."""
     kind, variant = name.split("_")
+    content = read_checkpoint(path)
     try:
-        state = read_weights(path)
+        state = read_weights(content)
         if kind == "mrcfa":
             kernel = state["value.weight"].shape[-1] if "value.weight" in state else 4
             model = MRCFA(variant, num_classes, reference_stride=8 * kernel)
@@ -291,7 +286,7 @@ def load_released(path: Path, name: str, num_classes: int) -> tuple[nn.Module, d
             model = SegFormer(variant, num_classes, embed_dim)
         load_strictly(model, state)
     except InputError as error:
-        raise with_path(path, error) from None
+        raise InputError(f"{path}: {error}") from None
     unnamed = [f"class {k}" for k in range(num_classes)]
     classes = {124: VSPW_CLASSES, 19: CITYSCAPES_CLASSES}.get(num_classes, unnamed)
     frame_size = CITYSCAPES_FRAME_SIZE if num_classes == 19 else FRAME_SIZE
@@ -313,18 +308,11 @@ def parse_args() -> argparse.Namespace:
         help="measure parameters, operations and time of --variants")
 
     add = parser.add_argument_group("files").add_argument
-    add("--data", type=Path, metavar="DIR",
-        help="data folder with SPLIT.txt and data/<video>/{origin,mask}")
-    add("--split", default="val", metavar="NAME", help="evaluate the videos in DIR/NAME.txt")
-    add("--labels", choices=("dense", "sparse"),
-        help="sparse: allow frames without masks (default: as in training)")
-    add("--first-label", type=int, choices=(0, 1),
-        help="value of the first class in label maps (default: as in training)")
+    add("--split", default="val", metavar="NAME", help="evaluate the videos in NAME.txt of --data")
     add("--frames", type=Path, metavar="DIR",
         help="instead of --data, unlabelled frames, for --save and --overlay")
     add("--save", type=Path, metavar="DIR", help="new folder for the predicted masks, palette PNGs")
-    add("--overlay", type=Path, metavar="DIR",
-        help="new folder for the masks over their frames, with a legend")
+    add("--overlay", type=Path, metavar="DIR", help="new folder for the masks over their frames")
     add("--pictures", type=Path, metavar="DIR",
         help=f"new folder for animations of the first {PICTURED_VIDEOS} videos")
     add("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
@@ -339,13 +327,7 @@ def parse_args() -> argparse.Namespace:
         help="model in a released checkpoint: mrcfa_b0 ... segformer_b5")
     add("--num-classes", type=between(1),
         help="classes of a released checkpoint, or of the benchmark (default: 124)")
-    add("--dilation", type=between(1), nargs="+", metavar="N",
-        help="distances of the references, in frames (default: as in training)")
-    add("--keep-ratio", type=between(0.01, 1, float),
-        help="share of the tokens that STM keeps (default: as in training)")
-    add("--frame-size", type=between(1), nargs=2, metavar=("LONG", "SHORT"),
-        help="scale frames to fit this (default: as in training)")
-    add_device_arguments(parser)
+    add_shared_arguments(parser)
 
     add = parser.add_argument_group("benchmark").add_argument
     add("--variants", nargs="+", choices=MIT_VARIANTS, default=["b0", "b1", "b2", "b5"],
@@ -364,11 +346,21 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def add_device_arguments(parser: argparse.ArgumentParser):
-    """The arguments on devices, which train.py has as well."""
+def add_shared_arguments(parser: argparse.ArgumentParser):
+    """The arguments of both train.py and eval.py. In eval.py the defaults are those of training."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
-    add = parser.add_argument_group("device").add_argument
+    add = parser.add_argument_group("both scripts (in eval.py: as in training)").add_argument
+    add("--data", type=Path, metavar="DIR", help="data folder; train.py makes one if none is given")
+    add("--labels", choices=("dense", "sparse"), help="sparse: allow frames without masks")
+    add("--first-label", type=int, choices=(0, 1),
+        help="value of the first class in label maps; with 1, 0 is ignored")
+    add("--dilation", dest="offsets", type=between(1), nargs="+", metavar="N",
+        help="distances of the references, in frames, oldest first")
+    add("--keep-ratio", type=between(0.01, 1, float),
+        help="share of the tokens that STM keeps, 1 for all (default in train.py: the paper's)")
+    add("--frame-size", type=between(1), nargs=2, metavar=("LONG", "SHORT"),
+        help="scale frames to fit this")
     add("--device", choices=devices, default=devices[0], help="where the network runs")
     add("--amp", choices=["bf16", "none"], default="none",
         help="mixed precision: bf16 is faster and a little less exact")
@@ -459,25 +451,21 @@ def draw_legend(image: Image.Image, areas: np.ndarray, classes: Sequence[str], f
     largest first, in columns from its upper left corner."""
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(font_size)
-    row = font_size + 6
-    left, top, widest = 2, 2, 0
-    for k in np.argsort(-areas, kind="stable"):
-        if not areas[k] or k >= len(classes):
-            continue
-        if top + row > image.height and top > 2:            # the next column
-            left, top, widest = left + widest + 2, 2, 0
+    height = font_size + 6
+    rows = max(1, image.height // height)
+    shown = [k for k in np.argsort(-areas, kind="stable") if areas[k] and k < len(classes)]
+    for i, k in enumerate(shown):
+        left, top = i // rows * LEGEND * font_size // 10, i % rows * height
         red, green, blue = PALETTE[3 * k:3 * k + 3]
         is_dark = 3 * red + 6 * green + blue < 1000
-        width = round(font.getlength(classes[k])) + 8
-        draw.rectangle((left, top, left + width, top + row - 1), (red, green, blue))
+        right = left + round(font.getlength(classes[k])) + 8
+        draw.rectangle((left, top, right, top + height - 1), (red, green, blue))
         draw.text((left + 4, top + 2), classes[k], "white" if is_dark else "black", font)
-        top, widest = top + row, max(widest, width)
 
 
 def panel(image: Image.Image, title: str) -> Image.Image:
     """An image at the size that all have in a picture, with its title above."""
-    size = fit(image.size, (PANEL, PANEL))
-    image = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+    image = ImageOps.contain(image.convert("RGB"), (PANEL, PANEL), Image.Resampling.BILINEAR)
     framed = ImageOps.expand(image, (2, 20, 2, 2), "white")
     ImageDraw.Draw(framed).text((4, 4), title, "black", ImageFont.load_default(11))
     return framed
@@ -545,10 +533,9 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
             place: tuple[int, int]) -> Image.Image:
     """Draw what one pixel (x, y) of the target, the last frame, reads from its references.
 
-    There is a column for each reference. From top to bottom: the tokens that STM keeps, the pixel's
-    affinities A^4 and A^2 to them, the same after SAR and after MAA, and the weights B of their
-    values. The last column shows what SAR and MAA convolve: the affinities of one token, which has
-    a ring in the nearest reference, to all positions of the target.
+    A column per reference: the tokens that STM keeps, the pixel's affinities A^4 and A^2 to them,
+    the same after SAR and after MAA, and the weights B of their values. The last column has what
+    SAR and MAA convolve: the affinities of one token (ringed) to all positions of the target.
     """
     images = list(read_frames(frames))
     device = next(model.parameters()).device
@@ -599,9 +586,8 @@ def ringed(image: Image.Image, x: float, y: float) -> Image.Image:
     """A copy of an image with a ring around the place (x, y), each 0 ... 1."""
     image = image.copy()
     radius = max(3, image.height // 24)
-    x, y = x * image.width, y * image.height
-    box = x - radius, y - radius, x + radius, y + radius
-    ImageDraw.Draw(image).ellipse(box, outline="red", width=radius // 3 + 1)
+    centre = x * image.width, y * image.height
+    ImageDraw.Draw(image).circle(centre, radius, outline="red", width=radius // 3 + 1)
     return image
 
 

@@ -96,8 +96,8 @@ def without_autocast(x: Tensor):
 # --------------------------------------------------------------- selective token masking (STM)
 
 def token_importance(A: Tensor) -> Tensor:
-    """The importance of each token, the sum of the 5 largest entries in its column of A:
-    (b, n_l, tokens) -> (b, 1, tokens), which can be resized like a row of A."""
+    """A token's importance, the sum of the 5 largest entries in its column of A: (b, n_l, tokens)
+    -> (b, 1, tokens), which can be resized like a row of A."""
     top = min(IMPORTANCE_TOP, A.shape[1])
     return A.topk(top, dim=1).values.sum(1, keepdim=True)
 
@@ -118,10 +118,9 @@ def take_tokens(x: Tensor, kept: Tensor) -> Tensor:
 class TokenwiseConvs(nn.Module):
     """A stack G of (convolution, GroupNorm, ReLU) that refines the map of each token separately.
 
-    `layers` lists (channels in, channels out, kernel). The maps of m tokens go in as
-    (b, m c_in, h, w), with the c_in channels (1, or 2 for b1) of a token side by side, and come
-    out as (b, m c_out, h, w). The convolutions slide over the target's positions; tokens never mix.
-    Without layers the stack is the identity.
+    `layers` lists (channels in, channels out, kernel); without layers it is the identity. The maps
+    of m tokens are (b, m c_in, h, w) and become (b, m c_out, h, w), a token's channels side by
+    side. The convolutions slide over the target's positions; tokens never mix.
     """
 
     def __init__(self, *layers: tuple[int, int, int]):
@@ -153,8 +152,8 @@ class AffinityAggregation(nn.Module):
     (b, m, h_2, w_2).
 
     `refine=False` leaves out SAR: G^4, G^3 and G^2 are the identity. `aggregate=False` leaves out
-    MAA: M^2 = G^32(G^2(A^2)). Only b1 has two channels per token. SAR makes the second one, so
-    without SAR b1 has the G^43 and G^32 of the other variants.
+    MAA: M^2 = G^32(G^2(A^2)). The second channel per token of b1 is made by SAR: without SAR b1 has
+    the layers of the other variants.
     """
 
     def __init__(self, variant: str, refine: bool = True, aggregate: bool = True):
@@ -182,10 +181,8 @@ class AffinityAggregation(nn.Module):
 
 
 def up(coarse: Tensor, fine: Tensor) -> Tensor:
-    """MAA's upsampling, the paper's Gamma, to the size of `fine`.
-
-    It is the only resizing with `align_corners=True`, as in the released code.
-    """
+    """MAA's upsampling, the paper's Gamma, to the size of `fine`: as in the released code the only
+    resizing with `align_corners=True`."""
     return F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=True)
 
 
@@ -251,17 +248,11 @@ class MRCFA(nn.Module):
         self.reduce3 = nn.Conv2d(c3, c3, s3, stride=s3)
         self.value = nn.Conv2d(EMBED_DIM, EMBED_DIM, s2, stride=s2)
         self.aggregation = AffinityAggregation(variant, refine, aggregate)
-        if not aggregate:       # without MAA nothing reads the scales 3 and 4
-            for unused in (self.query3, self.key3, self.reduce3, self.query4, self.key4):
-                unused.requires_grad_(False)
-        self.auxiliary_classifiers = nn.ModuleList()
-        for _ in offsets:
-            self.auxiliary_classifiers.append(make_classifier(EMBED_DIM, num_classes))
+        self.auxiliary_classifiers = nn.ModuleList(
+            make_classifier(EMBED_DIM, num_classes) for _ in offsets)
         self.classifier = make_classifier(EMBED_DIM, num_classes)
 
     def forward(self, clip: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        if clip.ndim != 5:
-            raise InputError(f"expected clips (B, T, 3, H, W), got the shape {tuple(clip.shape)}")
         batch, frames = clip.shape[:2]
         T = len(self.offsets) + 1
         if frames < T and not self.training:
@@ -308,12 +299,9 @@ class MRCFA(nn.Module):
 
     def queries(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Q^2, Q^3, Q^4 of the target, (b, h_l, w_l, C_l), from its [F_1 ... F_4]."""
-        queries = []
-        layers = (self.query2, self.query3, self.query4)
         with without_autocast(features[0]):
-            for layer, feature in zip(layers, features[1:], strict=True):
-                queries.append(layer(at_least_float32(feature).permute(0, 2, 3, 1)))
-        return queries
+            _, f2, f3, f4 = (at_least_float32(F_l).permute(0, 2, 3, 1) for F_l in features)
+            return [self.query2(f2), self.query3(f3), self.query4(f4)]
 
     def keys_and_values(self, features: Sequence[Tensor], F_hat: Tensor) -> Reference:
         """K and V of references, from their [F_1 ... F_4] and F_hat (b, 256, h_2, w_2)."""
@@ -354,11 +342,8 @@ class MRCFA(nn.Module):
         return Reconstruction(kept, A2, A3, A4, M2, B, O_i)
 
     def to_reference_stride(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """Resize each row of x (b, n, n_4) from stride 32 to r: (b, n, N).
-
-        A row runs over the positions of the *reference*. All frames have one size, so their `grid`
-        (h_4, w_4) is the target's.
-        """
+        """Resize each row of x (b, n, n_4), a map over the *reference* on a `grid` (h_4, w_4), from
+        stride 32 to r: (b, n, N)."""
         if self.reference_stride == 32:
             return x
         rows = x.unflatten(2, tuple(grid))                              # (b, n, h_4, w_4)
@@ -422,12 +407,12 @@ class Stream:
         features, fused = model.encode(frame[None])
         self.shape = frame.shape
         F_hat = model.at_stride_8(fused)
-        references = []
+        queries = model.queries(features)
+        outputs = []
         for i in reference_indices(self.t, model.offsets):
-            references.append(self.history[i - self.t])     # negative: -1 is frame t-1
-        if references:
-            queries = model.queries(features)
-            outputs = [model.reconstruct(queries, reference).O_i for reference in references]
+            reference = self.history[i - self.t]            # negative: -1 is frame t-1
+            outputs.append(model.reconstruct(queries, reference).O_i)
+        if outputs:
             O = model.merge(outputs, F_hat)
             logits = model.classify(model.classifier, O)
         else:
@@ -442,17 +427,14 @@ class Stream:
 #             You can stop reading here: the rest reads checkpoints, our own and the authors'.
 
 def load_checkpoint(path) -> tuple[nn.Module, dict]:
-    """Load a checkpoint of train.py, of either model -> the model in eval mode on the CPU, and a
-    dict.
+    """Load a checkpoint of train.py -> the model in eval mode on the CPU, and the run's config.
 
-    The dict has at least "model" ("mrcfa_b0"), "classes" (names in label order), "frame_size"
-    (long, short) and, for an MRCFA, "offsets". Raises ValueError, one line with the path, for any
-    other file.
+    It has "model" ("mrcfa_b0"), "classes" (names in label order), "frame_size" (long, short),
+    "offsets" and more. Raises ValueError, one line with the path, for any other file.
     """
     checkpoint = read_checkpoint(path)
     try:
         config = checkpoint["config"]
-        config["frame_size"]                            # must be there
         model = build_model(config["model"], model_arguments(config))
         load_strictly(model, read_state_dict(checkpoint["model"]))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -478,28 +460,25 @@ def build_model(name: str, arguments: dict) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path, classes: Sequence[str] | None = None) -> list[str]:
-    """Start from the weights in a file: of a released MRCFA, of a SegFormer or its encoder, or of
-    another training run.
+    """Start from a file's weights: of an MRCFA, a SegFormer or its encoder, released or our own.
 
-    Classifiers that don't fit keep their initialisation, with a warning. So do those of a run with
-    other `classes`, or with the same in another order. Returns the parts of the SegFormer, "head"
-    and "classifier", that keep their initialisation. Raises ValueError, with the path, if anything
-    else is wrong.
+    Classifiers that don't fit, or of other `classes` or another order, keep their initialisation,
+    with a warning. Returns the parts of the SegFormer ("head", "classifier") that keep theirs.
+    Raises ValueError, with the path, if anything else is wrong.
     """
+    content = read_checkpoint(path)
+    config = content.get("config")                      # of train.py, or anything of others
+    theirs = config.get("classes") if isinstance(config, dict) else None
     try:
-        content = read_checkpoint(path)
         state = read_weights(content)
-        config = content.get("config")                  # of train.py, or anything of others
-        theirs = config.get("classes") if isinstance(config, dict) else None
         if classes and isinstance(theirs, list) and theirs != list(classes):
             warnings.warn(f"{path} has other classes or another order: {', '.join(theirs)}; "
                           "classifiers start from new weights")
             state = {key: value for key, value in state.items() if "classifier" not in key}
+        if isinstance(model, SegFormer):                # takes the one inside an MRCFA
+            state = {key: state[key] for key in state if key.startswith("segformer.")} or state
         if "value.weight" not in state:                 # which every MRCFA has
             return load_pretrained(model, state)
-        if isinstance(model, SegFormer):                # takes the one inside
-            inside = {key: state[key] for key in state if key.startswith("segformer.")}
-            return load_pretrained(model, inside)
         own = model.state_dict()
         for key in [key for key in state if "classifier" in key]:
             if key not in own or state[key].shape != own[key].shape:
@@ -510,13 +489,7 @@ def load_weights(model: nn.Module, path, classes: Sequence[str] | None = None) -
         load_strictly(model, state, new)
         return ["classifier"] if "segformer.classifier.1.weight" in new else []
     except InputError as error:
-        raise with_path(path, error) from None
-
-
-def with_path(path, error: InputError) -> InputError:
-    """The same error, with the path of the file before its message."""
-    message = str(error)
-    return InputError(message if message.startswith(str(path)) else f"{path}: {message}")
+        raise InputError(f"{path}: {error}") from None
 
 
 def load_official(model: MRCFA, source):
@@ -525,8 +498,7 @@ def load_official(model: MRCFA, source):
 
 
 def read_weights(source) -> dict[str, Tensor]:
-    """Read the weights in a checkpoint, a path or a dict, under the keys of our MRCFA or
-    SegFormer."""
+    """The weights in a checkpoint, a path or a dict, under the keys of our MRCFA or SegFormer."""
     state = read_state_dict(source)
     if "value.weight" in state:
         return state                                    # of an MRCFA of ours
@@ -555,8 +527,7 @@ OFFICIAL_RENAMES = [
     (r"hypercorre_module\.k1", "key2"),
     (r"hypercorre_module\.k2", "key3"),
     (r"hypercorre_module\.k3", "key4"),
-    (r"sr2", "reduce2"),
-    (r"sr3", "reduce3"),
+    (r"sr([23])", r"reduce\1"),
     (r"sr1_feat", "value"),
     (rf"{STACK}\.0(\.conv2)?", r"aggregation.g\1\2.convs.0"),
     (rf"{STACK}\.1", r"aggregation.g\1\2.norms.0"),     # 2 is the ReLU

@@ -9,7 +9,7 @@ NeurIPS 2021, arXiv 2105.15203). This file needs nothing but torch, so you can c
 
 Inside a stage of the encoder a feature map has its channels last, (B, h, w, C): LayerNorm and
 Linear act on the last axis. The same memory seen as (B, C, h, w) is a channels-last image, in which
-convolutions are fast. Changing between the two views copies nothing.
+convolutions are fast.
 """
 import json
 import math
@@ -56,8 +56,7 @@ def conv_channels_last(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 class EfficientAttention(nn.Module):
-    """Self-attention whose keys and values come from a map smaller by r in height and width
-    (section 3.1)."""
+    """Self-attention with keys and values from a map r times smaller per side (section 3.1)."""
 
     def __init__(self, channels: int, heads: int, reduction: int):
         super().__init__()
@@ -164,13 +163,10 @@ class MixVisionTransformer(nn.Module):
         self.stages = nn.ModuleList()
         rate_step = drop_path / (sum(depths) - 1)
         in_channels = 3
-        block_number = 0
         for i in range(4):
             blocks = []
-            for _ in range(depths[i]):
-                rate = rate_step * block_number
-                blocks.append(Block(channels[i], HEADS[i], REDUCTIONS[i], rate))
-                block_number += 1
+            for number in range(sum(depths[:i]), sum(depths[:i + 1])):
+                blocks.append(Block(channels[i], HEADS[i], REDUCTIONS[i], rate_step * number))
             kernel, stride = (7, 4) if i == 0 else (3, 2)
             self.stages.append(Stage(in_channels, channels[i], kernel, stride, blocks))
             in_channels = channels[i]
@@ -217,7 +213,6 @@ class SegFormerHead(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(c, embed_dim) for c in channels)
         self.fuse = nn.Conv2d(4 * embed_dim, embed_dim, 1, bias=False)  # F_4 comes first
         self.norm = nn.BatchNorm2d(embed_dim)
-        self.relu = nn.ReLU(inplace=True)
         nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -227,8 +222,7 @@ class SegFormerHead(nn.Module):
         #     fused = self.fuse(torch.cat(maps[::-1], dim=1))
         # That is a sum of four 1x1 convolutions, which commute with bilinear upsampling. So project
         # and fuse each map at its own stride, upsample, and add: the same, and much faster.
-        fuse4, fuse3, fuse2, fuse1 = self.fuse.weight.flatten(1).chunk(4, dim=1)
-        fuse_weights = fuse1, fuse2, fuse3, fuse4       # (256, 256) each
+        fuse_weights = self.fuse.weight.flatten(1).chunk(4, dim=1)[::-1]    # (256, 256) each
         maps = []
         for feature, linear, fuse in zip(features, self.linears, fuse_weights, strict=True):
             weight = fuse @ linear.weight               # (256, C_l), both layers in one
@@ -237,7 +231,7 @@ class SegFormerHead(nn.Module):
         fused = maps[0]
         for x in maps[1:]:
             fused += F.interpolate(x, fused.shape[-2:], mode="bilinear")
-        return self.relu(self.norm(fused))
+        return F.relu(self.norm(fused), inplace=True)
 
 
 def make_classifier(embed_dim: int, num_classes: int) -> nn.Sequential:
@@ -267,10 +261,9 @@ class SegFormer(nn.Module):
 # --------------------------------------------------------------------------------------- the loss
 
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with labels (B, H, W): a scalar.
+    """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with int64 labels (B, H, W).
 
-    Labels are int64. The mean is over *all* pixels: ignored ones add 0 but stay in the denominator,
-    as in the released code.
+    The mean is over *all* pixels, as in the released code: ignored ones add 0 but are counted.
     """
     logits = at_least_float32(logits).contiguous()  # CPUs upsample channels-last logits slowly
     full = F.interpolate(logits, labels.shape[1:], mode="bilinear")
@@ -302,11 +295,8 @@ def load_pretrained(module: nn.Module, source) -> list[str]:
                          f"mmsegmentation; it holds {some_keys(state)}")
     segformer = getattr(module, "segformer", module)    # an MRCFA has one inside
     if isinstance(segformer, MixVisionTransformer):
-        encoder = {}
-        for key, value in state.items():
-            if not key.startswith(("head.", "classifier.")):
-                encoder[key.removeprefix("encoder.")] = value
-        load_strictly(segformer, encoder)
+        state = {key: state[key] for key in state if not key.startswith(("head.", "classifier."))}
+        load_strictly(nn.ModuleDict({"encoder": segformer}), state)
         return []
 
     own = segformer.state_dict()
@@ -328,10 +318,8 @@ def load_pretrained(module: nn.Module, source) -> list[str]:
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[str, ...] = ()):
-    """`module.load_state_dict(state)`, with a ValueError of one line unless all keys fit.
-
-    Keys that start with one of `may_miss` can be absent and keep their values.
-    """
+    """`module.load_state_dict(state)`, with errors as a ValueError of one line. Only keys that
+    start with one of `may_miss` can be absent."""
     own = {key: value for key, value in module.state_dict().items() if key.startswith(may_miss)}
     try:
         module.load_state_dict(own | state)
@@ -379,11 +367,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_state_dict(source) -> dict[str, Tensor]:
-    """Return the weights in `source`, a path or a dict, or in its "state_dict" or "model".
-
-    What DataParallel, Lightning or torch.compile put before each key is removed. Raises ValueError
-    if there are no weights.
-    """
+    """Return the weights in `source`, a path or a dict, or in its "state_dict" or "model", without
+    what DataParallel, Lightning or torch.compile put before each key."""
     content = source if isinstance(source, dict) else read_checkpoint(source)
     for name in ("state_dict", "model"):
         if isinstance(content.get(name), dict):
@@ -420,20 +405,15 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def join_keys_and_values(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Merge separate q, k and v, or one fused qkv, into our q and kv."""
-    joined = {}
-    for key, value in state.items():
-        place, _, kind = key.rpartition(".")
-        if place.endswith(".attn.k") and f"{place[:-1]}v.{kind}" in state:
-            joined[f"{place}v.{kind}"] = torch.cat([value, state[f"{place[:-1]}v.{kind}"]])
-        elif place.endswith(".attn.v") and f"{place[:-1]}k.{kind}" in state:
-            continue
-        elif place.endswith(".attn.qkv"):
-            q, k, v = value.chunk(3)
-            joined[f"{place[:-2]}.{kind}"] = q
-            joined[f"{place[:-3]}kv.{kind}"] = torch.cat([k, v])
-        else:
-            joined[key] = value
-    return joined
+    for key in list(state):
+        if ".attn.k." in key and key.replace(".k.", ".v.") in state:
+            k, v = state.pop(key), state.pop(key.replace(".k.", ".v."))
+            state[key.replace(".k.", ".kv.")] = torch.cat([k, v])
+        elif ".attn.qkv." in key:
+            q, k, v = state.pop(key).chunk(3)
+            state[key.replace(".qkv.", ".q.")] = q
+            state[key.replace(".qkv.", ".kv.")] = torch.cat([k, v])
+    return state
 
 
 # ImageNet's classifiers, and a layer that mmsegmentation creates and never uses.

@@ -34,9 +34,9 @@ from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, SYNTHETIC_SIZE, VSPW_CLASSE
                   download_pretrained, gather, is_cityscapes, join_processes, progress, rank,
                   read_classes, read_split, refuse_to_overwrite, run_script, say, world_size,
                   write_synthetic, write_whole)
-from eval import (MODELS, add_device_arguments, autocast, evaluate, metrics_table, segment_video,
+from eval import (MODELS, add_shared_arguments, autocast, evaluate, metrics_table, segment_video,
                   without_nan)
-from mrcfa import MRCFA, OFFSETS, build_model, load_weights, model_arguments, mrcfa_loss, with_path
+from mrcfa import MRCFA, OFFSETS, build_model, load_weights, model_arguments, mrcfa_loss
 from segformer import STRIDE, InputError, load_strictly, read_checkpoint, segmentation_loss
 
 # What a data set is trained with unless a flag overrides it. VSPW's is the recipe of the paper.
@@ -121,10 +121,8 @@ def lr_factor(i: int, iters: int, warmup: int) -> float:
 
 
 def positive_kernels(model: MRCFA):
-    """Make SAR's and MAA's kernels positive before training.
-
-    A random kernel may have a negative sum. It turns peaks into valleys, which ReLU removes.
-    """
+    """Make SAR's and MAA's kernels positive before training: a random kernel with a negative sum
+    turns peaks into valleys, which ReLU removes."""
     for module in model.aggregation.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.data.abs_()
@@ -263,11 +261,8 @@ class Run:
     # --------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, videos: list[Video], done: bool):
-        """Evaluate; print, log, and keep the checkpoint if it is the best so far.
-
-        The last evaluation of an MRCFA has a second row, its single frames: the difference is what
-        the references add.
-        """
+        """Evaluate; print, log, and keep the checkpoint if it is the best so far. In the end also
+        evaluate an MRCFA's single frames: the difference is what the references add."""
         args = self.args
         if self.processes > 1:      # the first process's BatchNorm statistics are those in last.pt
             for buffer in self.model.buffers():
@@ -297,10 +292,9 @@ class Run:
         """Write a checkpoint that holds all it takes to rebuild the model and continue the run."""
         if rank() > 0:
             return
-        config = {}
-        for key, value in vars(self.args).items():
-            if key not in NOT_SAVED:
-                config[key] = str(value) if isinstance(value, Path) else value
+        config = vars(self.args) | {"data": str(self.args.data)}
+        for key in NOT_SAVED:
+            del config[key]
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                    "iteration": self.iteration, "best": self.best, "config": config}
         buffer = io.BytesIO()
@@ -312,7 +306,7 @@ class Run:
         try:
             load_strictly(self.model, checkpoint["model"])
         except InputError as error:
-            raise with_path(self.args.out / "last.pt", error) from None
+            raise InputError(f"{self.args.out / 'last.pt'}: {error}") from None
         groups = checkpoint["optimizer"]["param_groups"]
         for group, own in zip(groups, self.optimizer.param_groups, strict=True):
             group["base_lr"], group["fused"] = own["base_lr"], own["fused"]     # may have changed
@@ -360,19 +354,12 @@ def make_parser() -> ArgumentParser:
         help="mrcfa_b0 ... b5, segformer_b0 ... b5")
     add("--dataset", choices=RECIPES,
         help="data set and its recipe, by default as --data looks like")
-    add("--data", type=Path, metavar="DIR",
-        help=f"data folder; the synthetic videos are made in {SYNTHETIC} by default")
-    add("--labels", choices=("dense", "sparse"), default="dense",
-        help="sparse: allow frames without masks")
-    add("--first-label", type=int, choices=(0, 1), default=1,
-        help="value of the first class in label maps; with 1, 0 is ignored")
     add("--out", type=Path, metavar="DIR",
         help="folder of this run, never overwritten (default: runs/MODEL)")
     add("--resume", action="store_true",
         help="continue the run in --out with its own flags, or start it")
     add("--pretrained", metavar="FILE | OWNER/NAME",
-        help="weights to start from: of MiT, SegFormer, a released MRCFA, or a last.pt; "
-             "nvidia/mit-b0 ... are fetched from Hugging Face")
+        help="weights of MiT, SegFormer or MRCFA to start from; nvidia/mit-b0 ... are downloaded")
     add("--seed", type=between(0), default=0, help="seed of initialisation, clips and dropout")
     add("--workers", type=between(0), default=2,
         help="processes that load clips; more if the GPU is idle")
@@ -380,28 +367,21 @@ def make_parser() -> ArgumentParser:
     add("--save-every", type=between(1), default=500,
         help="iterations between checkpoints, which a crash can cost")
     add("--eval-every", type=between(0),
-        help="iterations between evaluations (on real data a tenth of the run); 0 evaluates only "
-             "at the end")
+        help="iterations between evaluations (on real data a tenth of the run); 0: only at the end")
 
     add = parser.add_argument_group("clips").add_argument
     add("--batch-size", type=between(1),
         help="clips per iteration, over all processes; the paper has 8")
-    add("--dilation", dest="offsets", type=between(1), nargs="+", default=OFFSETS, metavar="N",
-        help="distances of the references, in frames, oldest first")
-    add("--frame-size", type=between(1), nargs=2, metavar=("LONG", "SHORT"),
-        help="scale frames to fit this, here and in evaluation")
     add("--scale-range", type=between(0.1, kind=float), nargs=2, metavar=("MIN", "MAX"),
         help="range of a random factor on the frames' size; 1 1 turns it off")
     add("--crop", type=between(1), nargs=2, metavar=("H", "W"),
-        help="size of random crops, multiples of 32. Half of them are mirrored, so left and right "
-             "can't be classes")
+        help="size of random crops, multiples of 32; half of them are mirrored")
 
     add = parser.add_argument_group("optimiser").add_argument
     add("--accumulate", type=between(1), default=1,
         help="split each process's clips into N parts, one after the other, to save memory")
     add("--iters", type=between(1), help="iterations, over which the learning rate falls to 0")
-    add("--lr", type=between(0, kind=float),
-        help="learning rate of the encoder; higher from scratch")
+    add("--lr", type=between(0, kind=float), help="the encoder's learning rate; more from scratch")
     add("--head-lr", type=between(0, kind=float), metavar="FACTOR",
         help="learning-rate multiplier of all other layers; 1 from scratch")
     add("--warmup", type=between(0),
@@ -413,23 +393,19 @@ def make_parser() -> ArgumentParser:
     add("--freeze-segformer", action="store_true",
         help="train only MRCFA's own layers, on the SegFormer of --pretrained")
     add("--positive-kernels", action=argparse.BooleanOptionalAction,
-        help="start SAR and MAA with positive kernels: not in the paper, but faster to learn, "
-             "since random kernels can flip signs")
-    add("--keep-ratio", type=between(0.01, 1, float),
-        help="share of the tokens that STM keeps, 1 for all (default: the paper's)")
+        help="start SAR and MAA with positive kernels: not in the paper, but faster to learn")
     add("--sar", dest="refine", action=argparse.BooleanOptionalAction, default=True,
         help="refine affinities with SAR")
     add("--maa", dest="aggregate", action=argparse.BooleanOptionalAction, default=True,
         help="merge scales with MAA, or use only the finest")
-    add_device_arguments(parser)
+    add_shared_arguments(parser)
+    parser.set_defaults(labels="dense", first_label=1, offsets=OFFSETS)
     return parser
 
 
 def parse_args() -> tuple[argparse.Namespace, dict | None]:
-    """The command line, and the checkpoint of a run that is continued.
-
-    It is parsed twice: to find that run or the recipe, and then with their values as defaults.
-    """
+    """The command line, and the checkpoint of a run that is continued. It is parsed twice: to find
+    that run or the recipe, and then with their values as defaults."""
     parser = make_parser()
     parser.set_defaults(**RECIPES["synthetic"])     # for --help
     args = parser.parse_args()
@@ -449,7 +425,13 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         args.warmup = min(RECIPES[args.dataset]["warmup"], args.iters // 10)
     if args.eval_every is None:
         args.eval_every = max(1, args.iters // 10)
-    check_arguments(parser, args)
+    if args.data is None and args.dataset != "synthetic":
+        parser.error(f"--data DIR is missing: the folder of the {args.dataset} data set")
+    if args.crop[0] % STRIDE or args.crop[1] % STRIDE:
+        parser.error(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}")
+    if args.freeze_segformer and not (args.model.startswith("mrcfa") and args.pretrained):
+        parser.error("--freeze-segformer needs an MRCFA as --model, and --pretrained FILE with the "
+                     "SegFormer to freeze")
     args.data = args.data or SYNTHETIC
     args.device = torch.device(args.device)
     for name in FIXED if checkpoint else ():
@@ -459,17 +441,6 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
             parser.error(f"--{flag}: the run in {args.out} has {before} and can't change to {now}; "
                          "leave the flag out, or give another --out")
     return args, checkpoint
-
-
-def check_arguments(parser: ArgumentParser, args: argparse.Namespace):
-    """End the script if arguments are wrong."""
-    if args.data is None and args.dataset != "synthetic":
-        parser.error(f"--data DIR is missing: the folder of the {args.dataset} data set")
-    if args.crop[0] % STRIDE or args.crop[1] % STRIDE:
-        parser.error(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}")
-    if args.freeze_segformer and not (args.model.startswith("mrcfa") and args.pretrained):
-        parser.error("--freeze-segformer needs an MRCFA as --model, and --pretrained FILE with the "
-                     "SegFormer to freeze")
 
 
 # ----------------------------------------------------------------------------------------- a run
@@ -561,8 +532,8 @@ def what_runs(run: Run, val: list[Video]) -> str:
     too_short = f" ({clips.too_short} are too short for --dilation)" if clips.too_short else ""
     return (f"{args.model}, training {trained:.1f} M parameters on {run.processes} x {args.device} "
             f"with --amp {args.amp}: {args.iters} iterations of {args.batch_size} clips, "
-            f"{run.share} at a time; {len(clips.videos)} training videos{too_short} with {targets} "
-            f"possible clips; {len(val)} validation videos")
+            f"{run.share} at a time; {len(clips.directions)} training videos{too_short} with "
+            f"{targets} possible clips; {len(val)} validation videos")
 
 
 if __name__ == "__main__":
