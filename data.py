@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -754,6 +755,7 @@ def run_script(main: Callable[[], None]):
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")   # what it can't show otherwise
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # background jobs ignore it
     code = 0
     try:
         main()

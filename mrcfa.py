@@ -4,7 +4,7 @@ Sun, Liu, Tang, Chhatkuli, Zhang, Van Gool, ECCV 2022, arXiv 2207.10436. The tar
 segmented with the help of T-1 earlier reference frames. Queries Q come from the target, keys K and
 values V from each reference. At the scales l = 2, 3, 4 the queries have the strides 8, 16, 32.
 K^2, K^3 and V are brought to one grid of stride r = 32 (or 16); its cells are the reference's
-tokens. K^4 stays at stride 32, so for r = 16 A^4 is resized along the reference's positions.
+tokens. V comes from F_hat, SegFormer's fused feature map F at stride 8 instead of 4.
 
     cross-frame affinities   A^l = Q^l (K^l)^T at the scales l = 2, 3, 4. Column j, reshaped to
                              (h_l, w_l), is the affinity map of reference token j over the target
@@ -17,9 +17,9 @@ tokens. K^4 stays at stride 32, so for r = 16 A^4 is resized along the reference
     reconstruction           B_i = softmax(M^2) over the tokens of reference i; O_i = B_i V_i
                              O = mean of the O_i + F_hat of the target; a classifier reads O
 
-F (`fused`) is SegFormer's fused feature map at stride 4, and F_hat the same at stride 8. V comes
-from the reference's F_hat. `up` is the paper's Gamma, bilinear upsampling. The paper also has a
-Gamma around the sum of the O_i; the code has none there, because the O_i have stride 8 already.
+`up` is the paper's Gamma, bilinear upsampling. The paper also has a Gamma around the sum of the
+O_i; the code has none there, because the O_i have stride 8 already. K^4 always has stride 32; for
+r = 16, A^4 is resized along the axis of the reference.
 
 Letters in shapes: b clips, T frames per clip, K classes. The encoder's F_l has C_l channels and
 n_l = h_l w_l positions. A reference has N tokens, of which STM keeps m.
@@ -39,14 +39,15 @@ from segformer import (EMBED_DIM, InputError, SegFormer, at_least_float32, load_
                        load_strictly, make_classifier, read_checkpoint, read_state_dict, rename,
                        segmentation_loss)
 
-OFFSETS = (9, 6, 3)             # distances of the references from the target, oldest first
+OFFSETS = (9, 6, 3)             # distances of the T-1 references from the target, oldest first
 REFERENCE_STRIDE = 32           # r: 32 for VSPW, 16 for Cityscapes
 IMPORTANCE_TOP = 5              # largest affinities that make up a token's importance
 KEEP_RATIO = 0.5                # p, the share of a reference's tokens that STM keeps
 KEEP_RATIO_B0 = 0.8             # p of b0
 FRAME_LOSS_WEIGHT = 0.5         # weight of the per-frame loss; the clip loss has 1
 
-# The layers of SAR's and MAA's stacks: (channels in, channels out, kernel). Channels are per token.
+# The layers of SAR's and MAA's stacks (see TokenwiseConvs), as in the released code: (channels in,
+# channels out, kernel). Only b1 has two layers, and two channels per token in between.
 STACKS = {
     "g4": [(1, 1, 3)],
     "g3": [(1, 1, 5)],
@@ -97,7 +98,7 @@ def without_autocast(x: Tensor):
 
 def token_importance(A: Tensor) -> Tensor:
     """A token's importance, the sum of the 5 largest entries in its column of A: (b, n_l, tokens)
-    -> (b, 1, tokens), which can be resized like a row of A."""
+    -> (b, 1, tokens)."""
     top = min(IMPORTANCE_TOP, A.shape[1])
     return A.topk(top, dim=1).values.sum(1, keepdim=True)
 
@@ -137,8 +138,8 @@ class TokenwiseConvs(nn.Module):
             #     images = maps.unflatten(1, (m, c_in)).flatten(0, 1)      # (b m, c_in, h, w)
             #     images = F.relu(norm(conv(images)))                      # (b m, c_out, h, w)
             #     maps = images.unflatten(0, (b, m)).flatten(1, 2)         # (b, m c_out, h, w)
-            # One convolution with a group per token is the same, and far faster in the
-            # channels-last format that Q K^T comes in.
+            # One convolution with a group per token is the same. It is far faster, because Q K^T
+            # has its tokens last: here they are the channels of a channels-last image.
             m = maps.shape[1] // conv.in_channels
             maps = F.conv2d(maps, conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m),
                             padding=conv.padding, groups=m)
@@ -171,7 +172,7 @@ class AffinityAggregation(nn.Module):
         self.g32 = TokenwiseConvs(*stacks["g32"])
 
     def forward(self, A2: Tensor, A3: Tensor, A4: Tensor) -> Tensor:    # (b, m, h_l, w_l)
-        refined2 = self.g2(A2)                                          # (b, m c, h_2, w_2)
+        refined2 = self.g2(A2)                      # (b, m c, h_2, w_2), c channels per token
         if not self.aggregate:
             return self.g32(refined2)
         refined3 = self.g3(A3)                                          # (b, m c, h_3, w_3)
@@ -181,8 +182,8 @@ class AffinityAggregation(nn.Module):
 
 
 def up(coarse: Tensor, fine: Tensor) -> Tensor:
-    """MAA's upsampling, the paper's Gamma, to the size of `fine`: as in the released code the only
-    resizing with `align_corners=True`."""
+    """MAA's upsampling, the paper's Gamma, to the size of `fine`. As in the released code it has
+    `align_corners=True`; no other resizing has."""
     return F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=True)
 
 
@@ -197,7 +198,7 @@ class Reference(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """The steps of `MRCFA.reconstruct` with one reference."""
+    """The steps of `MRCFA.reconstruct` with one reference, as matrices except for M2 and O_i."""
     kept: Tensor    # indices of the tokens that STM keeps, (b, m)
     A2: Tensor      # the target's affinities to them, (b, n_l, m) for l = 2, 3, 4
     A3: Tensor
@@ -320,13 +321,13 @@ class MRCFA(nn.Module):
         with without_autocast(reference.value):
             # Cross-frame affinities A = Q K^T at the coarsest scale. By these STM ranks the tokens.
             A4_all = Q4 @ reference.key4.mT                             # (b, n_4, n_4 of the ref.)
-            if self.aggregation.aggregate:
+            if self.aggregation.aggregate:  # as in the released code, first the sum, then resizing
                 importance = self.to_reference_stride(token_importance(A4_all), size4)
             else:                           # nothing trains A^4 then; A^2 takes its place
                 importance = token_importance(Q2 @ reference.key2.mT)   # (b, 1, N)
             kept = selective_token_masking(importance, self.keep_ratio)         # (b, m)
 
-            # The affinities of the kept tokens. At the finer scales no others are needed.
+            # The kept columns of A^4; at the finer scales no others are computed.
             A4_tokens = self.to_reference_stride(A4_all, size4)         # (b, n_4, N)
             A4 = take_tokens(A4_tokens.mT, kept).mT.contiguous()        # (b, n_4, m)
             A3 = Q3 @ take_tokens(reference.key3, kept).mT              # (b, n_3, m)

@@ -222,7 +222,7 @@ class SegFormerHead(nn.Module):
         #     fused = self.fuse(torch.cat(maps[::-1], dim=1))
         # That is a sum of four 1x1 convolutions, which commute with bilinear upsampling. So project
         # and fuse each map at its own stride, upsample, and add: the same, and much faster.
-        fuse_weights = self.fuse.weight.flatten(1).chunk(4, dim=1)[::-1]    # (256, 256) each
+        fuse_weights = self.fuse.weight.flatten(1).chunk(4, dim=1)[::-1]   # F_1's first
         maps = []
         for feature, linear, fuse in zip(features, self.linears, fuse_weights, strict=True):
             weight = fuse @ linear.weight               # (256, C_l), both layers in one
@@ -263,7 +263,7 @@ class SegFormer(nn.Module):
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
     """Cross entropy of logits (B, K, h, w), upsampled bilinearly, with int64 labels (B, H, W).
 
-    The mean is over *all* pixels, as in the released code: ignored ones add 0 but are counted.
+    The mean is over *all* pixels, as in MRCFA's released code: ignored ones add 0 but are counted.
     """
     logits = at_least_float32(logits).contiguous()  # CPUs upsample channels-last logits slowly
     full = F.interpolate(logits, labels.shape[1:], mode="bilinear")

@@ -1638,7 +1638,8 @@ def start_evaluation(args: list, group: tuple, frame: str = ""):
 
 
 def test_two_processes_evaluate_as_one_does(videos, tmp_path, run, capfd):
-    (videos / "val.txt").write_text("a\nv\nb")
+    write_videos(videos, {"w": 17})     # as v long enough for consistencies
+    (videos / "val.txt").write_text("a\nv\nb\nw")
     released = [*released_arguments(tmp_path), "--data", videos]
 
     def command(number: str) -> list:
