@@ -227,6 +227,11 @@ def test_parameters_in_millions(variant, classes, stride, mrcfa, segformer):
     assert segformer is None or count(model.segformer) == pytest.approx(segformer, abs=1e-3)
 
 
+def test_drop_path_rises_over_all_blocks():
+    rates = [block.drop_path.rate for stage in mit("b0").stages for block in stage.blocks]
+    assert rates == pytest.approx([0.1 * i / 7 for i in range(8)])
+
+
 # -------------------------------------------------------------------------------------------- model
 
 def tiny(classes=5, stride=32, offsets=(9, 6, 3)) -> MRCFA:
@@ -1331,6 +1336,8 @@ def test_training_starts_from_released_and_own_weights(videos, tmp_path, run, ca
     assert torch.equal(again["classifier.1.weight"], state["classifier.1.weight"])
     two = start("two", "--pretrained", tmp_path / "tuned/last.pt", "--dilation", 2, 1)
     assert torch.equal(two["classifier.1.weight"], state["classifier.1.weight"])
+    alone = start("alone", "--pretrained", tmp_path / "tuned/last.pt", "--model", "segformer_b0")
+    assert torch.equal(alone["head.fuse.weight"], state["segformer.head.fuse.weight"])
     segformer = start("segformer", "--model", "segformer_b0")
     inside = start("inside", "--pretrained", tmp_path / "segformer/last.pt")
     assert torch.equal(inside["segformer.classifier.1.weight"], segformer["classifier.1.weight"])
