@@ -390,9 +390,8 @@ def run(args: argparse.Namespace):
         frames = list_frames(args.frames)
         videos = [Video("", frames, [None] * len(frames))]
     else:
-        first_label = args.first_label
-        if first_label is None:
-            first_label = config.get("first_label", 1)
+        trained_with = config.get("first_label", 1)
+        first_label = trained_with if args.first_label is None else args.first_label
         labels = args.labels or config.get("labels")
         videos = read_split(args.data, args.split, config.get("offsets", ()), labels == "sparse",
                             first_label)

@@ -387,13 +387,11 @@ class Stream:
 
     Call with the next frame (3, H, W) -> its logits (K, H/4, W/4), the same as for the clip of that
     frame and its references (`reference_indices`). Memory is constant: K and V are kept for as many
-    frames as the largest offset. Raises ValueError for a frame of another size, and if the model
-    is in training mode.
+    frames as the largest offset. Raises ValueError if the model is in training mode.
     """
 
     def __init__(self, model: MRCFA):
         self.model = model
-        self.shape = None                                   # of all frames
         self.t = 0
         self.history = deque(maxlen=max(model.offsets))     # a Reference per frame, up to frame t-1
 
@@ -402,11 +400,7 @@ class Stream:
         model = self.model
         if model.training:
             raise InputError("call model.eval() before streaming")
-        if frame.ndim != 3 or frame.shape != (self.shape or frame.shape):
-            raise InputError("expected frames (3, H, W), all of one size; got "
-                             f"{tuple(frame.shape)} after {tuple(self.shape or ())}")
         features, fused = model.encode(frame[None])
-        self.shape = frame.shape
         F_hat = model.at_stride_8(fused)
         queries = model.queries(features)
         outputs = []
