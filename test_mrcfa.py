@@ -1213,7 +1213,8 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(videos, tmp_path, run, m
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "loss_of", interrupted)
-        assert run(training, "--data", videos, "--out", out, "--iters", 4, *SMALL) == 130
+        assert run(training, "--model", "segformer_b0", "--data", videos, "--out", out,
+                   "--iters", 4, *SMALL) == 130
     said = f"stopped at iteration 1; to go on: python train.py --resume --out {out}"
     assert said in capsys.readouterr().err and saved(out)["iteration"] == 1
     args = ["--resume", "--out", out, "--workers", 2]
@@ -1608,7 +1609,8 @@ def test_only_exchanges_that_wait_for_an_evaluation_may_take_hours(monkeypatch):
 ])
 def test_a_failing_process_says_why_and_ends_the_others(accident, codes, message, videos, tmp_path,
                                                         capfd):
-    args = ["--data", videos, "--iters", 9, *SMALL, "--out", tmp_path / "run"]
+    args = ["--model", "segformer_b0", "--data", videos, "--iters", 9, *SMALL, "--out",
+            tmp_path / "run"]
     port = free_port()
     ended = processes((args, (0, 2, port)), (args, (1, 2, port), None, accident, 1))
     error = capfd.readouterr().err
@@ -1617,8 +1619,8 @@ def test_a_failing_process_says_why_and_ends_the_others(accident, codes, message
 
 def test_killed_training_goes_on_as_if_nothing_had_been(videos, tmp_path, run):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    args = ["--data", videos, "--iters", 4, "--save-every", 1, *SMALL, "--eval-every", 2,
-            "--workers", 2, "--out"]
+    args = ["--model", "segformer_b0", "--data", videos, "--iters", 4, "--save-every", 1, *SMALL,
+            "--eval-every", 2, "--out"]
     assert run(training, *args, whole) == 0
     resume = ["--resume", "--out", killed]
     for command, accident, moment in (([*args, killed], "killed in writing", 0),
@@ -1894,7 +1896,8 @@ def test_predicted_masks_can_be_labels(videos, tmp_path, run, capsys):
     """Label, train, predict, put the masks among the labels, and evaluate: nothing shifts."""
     masks_from_zero(videos, kept=2)     # as the last class is missing, no value is too high
     out, masks = tmp_path / "run", tmp_path / "masks"
-    args = [training, "--data", videos, "--out", out, "--iters", 2, *SMALL]
+    args = [training, "--data", videos, "--out", out, "--iters", 2, *SMALL,
+            "--model", "segformer_b0"]
     assert run(*args, "--first-label", 0) == 0
     assert "give --first-label 0" not in capsys.readouterr().err
     assert run(*args, "--resume", "--first-label", 1) == 2
@@ -1950,10 +1953,11 @@ def test_pretrained_weights_by_name(hub, videos, tmp_path, run, monkeypatch, cap
     serve("nvidia/safe", "model.safetensors", safetensors_bytes(encoder))
     serve("nvidia/broken", "pytorch_model.bin", buffer.getvalue()[:1000])
     serve("nvidia/page", "pytorch_model.bin", b"<!DOCTYPE html><html>sign in</html>")
-    args = [training, "--data", videos, "--iters", 1, *SMALL, "--lr", 0, "--out"]
+    args = [training, "--model", "segformer_b0", "--data", videos, "--iters", 1, *SMALL,
+            "--lr", 0, "--out"]
     for name in ("mit-b0", "safe"):
         assert run(*args, tmp_path / name, "--pretrained", f"nvidia/{name}") == 0
-        embed = saved(tmp_path / name)["model"]["segformer.encoder.stages.0.embed.weight"]
+        embed = saved(tmp_path / name)["model"]["encoder.stages.0.embed.weight"]
         assert torch.equal(embed, encoder["patch_embed1.proj.weight"])
     (hub / "nvidia/mit-b0/resolve/main/pytorch_model.bin").unlink()     # it is kept
     assert data.download_pretrained("nvidia/mit-b0").name == "pytorch_model.bin"
