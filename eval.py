@@ -608,10 +608,7 @@ def benchmark(args: argparse.Namespace):
     """Print what SegFormer, MRCFA by clips and MRCFA streaming cost with random weights, as a
     Markdown table. Times are medians of several rounds in which they take turns."""
     num_classes = args.num_classes or 124
-    hardware = f"{torch.get_num_threads()} CPU threads"
-    if args.device.type == "cuda":
-        hardware = torch.cuda.get_device_name(args.device)
-    print(f"{args.size[0]}x{args.size[1]}, {num_classes} classes, {args.amp}, {hardware}\n")
+    print(f"{args.size[0]}x{args.size[1]}, {num_classes} classes, {args.amp}, {args.device}\n")
     print("| | M params | GFLOPs | ms | FPS | / SegFormer |")
     print("|---|" + "---:|" * 5)
     for variant in args.variants:

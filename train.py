@@ -464,8 +464,6 @@ def main():
         raise InputError(f"{args.out}: not all processes find the same run there; several machines "
                          "must share this folder")
     say(what_runs(run, val))
-    if rank() == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
     if not checkpoint:
         run.save("last.pt")     # from here on there is a run to resume
     for number in (signal.SIGTERM, signal.SIGINT):
