@@ -206,9 +206,9 @@ def evaluate(methods: dict[str, Segment], videos: Sequence[Video], classes: Sequ
              ) -> dict[str, SegmentationMetrics]:
     """Compare the masks of each method with the labels -> metrics of each.
 
-    Masks are written to `save`, masks over their frames to `overlay`, and the first videos are drawn
-    in `pictures`. Several methods have a folder each. The processes of a torch.distributed group
-    share the videos, and all get the same metrics.
+    Masks are written to `save`, masks over their frames to `overlay`. Several methods have a folder
+    each. The first videos are drawn in `pictures`. The processes of a torch.distributed group share
+    the videos, and all get the same metrics.
     """
     results = {name: SegmentationMetrics(len(classes)) for name in methods}
     longest_first = sorted(range(len(videos)), key=lambda i: -len(videos[i].frames))
