@@ -1,5 +1,5 @@
-"""Videos with labels: the layouts on disk, preprocessing and decoding, random clips for training,
-and a small data set of synthetic videos.
+"""Videos with labels: layouts on disk, preprocessing and decoding, random clips for training, and
+a small data set of synthetic videos.
 
 The VSPW layout, also for your own videos:
 
@@ -43,27 +43,26 @@ from tqdm import tqdm
 
 from segformer import STRIDE, InputError, read_state_dict
 
-IGNORE = 255                        # the label of ignored pixels
-WRONG = 254                         # marks wrong pixels in pictures; not a class
-MAX_CLASSES = 254                   # label maps of 8 bits also hold 0 and 255, which are ignored
-MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]   # ImageNet's RGB, 0 ... 255
+IGNORE = 255       # the label of ignored pixels
+WRONG = 254        # marks wrong pixels in pictures; not a class
+MAX_CLASSES = 254  # label maps of 8 bits also hold 0 and 255, which are ignored
+MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]  # ImageNet's RGB, 0 ... 255
 STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
-FRAME_SIZE = (853, 480)             # VSPW's long and short side: frames are scaled to fit
+FRAME_SIZE = (853, 480)  # VSPW's long and short side: frames are scaled to fit
 CITYSCAPES_FRAME_SIZE = (1024, 512)
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-CROP_TRIES = 10                     # random crops to try until one passes MAX_CLASS_SHARE
-MAX_CLASS_SHARE = 0.75              # largest share of a crop's labelled pixels for one class
-BRIGHTNESS = 32                     # photometric distortion: largest shift, in grey levels of 255
-CONTRAST = (0.5, 1.5)               # photometric distortion: range of the factor
-SATURATION = (0.5, 1.5)             # photometric distortion: range of the factor
-HUE = 18 / 180                      # photometric distortion: largest shift on the colour circle
-CHECKED_MASKS = 200                 # masks per split that are checked before a run begins
-FREQUENT = 0.05                     # label 0 looks like a class if it has this share of the pixels
-SPARSE_SHARE = 0.25                 # decode single pixels up to this share of them, else the image
-LONGEST_WAIT = datetime.timedelta(hours=3)  # for a process that still evaluates or downloads
-TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}     # variables that it sets
-
+CROP_TRIES = 10          # random crops to try until one passes MAX_CLASS_SHARE
+MAX_CLASS_SHARE = 0.75   # largest share of a crop's labelled pixels for one class
+BRIGHTNESS = 32          # photometric distortion: largest shift, in grey levels of 255
+CONTRAST = (0.5, 1.5)    # photometric distortion: range of the factor
+SATURATION = (0.5, 1.5)  # photometric distortion: range of the factor
+HUE = 18 / 180           # photometric distortion: largest shift on the colour circle
+CHECKED_MASKS = 200      # masks per split that are checked before a run begins
+FREQUENT = 0.05          # label 0 looks like a class if it has this share of the pixels
+SPARSE_SHARE = 0.25      # decode single pixels up to this share of them, else the image
+LONGEST_WAIT = datetime.timedelta(hours=3)  # for a process that evaluates or downloads
+TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # variables that it sets
 
 VSPW_CLASSES = """
 wall ceiling door stair ladder escalator playground_slide handrail_or_fence window rail goal
@@ -95,8 +94,8 @@ class Video:
     name: str
     frames: Sequence[Path]
     masks: Sequence[Path | None]
-    offsets: tuple[int, ...] = ()   # of a ready-made Cityscapes clip; empty for ordinary videos
-    first_label: int = 1            # the value of class 0 in the label maps
+    offsets: tuple[int, ...] = ()  # of a ready-made Cityscapes clip; empty for ordinary videos
+    first_label: int = 1           # the value of class 0 in the label maps
 
 
 def read_lines(path: Path) -> list[str]:
@@ -130,8 +129,8 @@ def read_classes(root: Path, default: Sequence[str] = ()) -> list[str]:
 
 
 def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: Path, root: Path):
-    """Raise InputError unless the classes of `who`, a checkpoint, are those of the data in `root`.
-    If names differ, but none changed places, only warn."""
+    """Raise InputError unless `who`, a checkpoint, has the classes of the data in `root`. If names
+    differ, but none changed places, only warn."""
     if len(theirs) != len(ours):
         raise InputError(f"{who}: has {len(theirs)} classes, but {root} has {len(ours)}")
     differ = [k for k in range(len(ours)) if theirs[k] != ours[k]]
@@ -145,7 +144,7 @@ def check_same_classes(theirs: Sequence[str], ours: Sequence[str], who: Path, ro
 
 def read_split(root: Path, split: str, offsets: Sequence[int] = (), sparse: bool = False,
                first_label: int = 1, training: bool = False) -> list[Video]:
-    """The videos of a split; for Cityscapes only the frames at `offsets` from the labelled ones.
+    """The videos of a split; of Cityscapes only labelled frames and those at `offsets` from them.
     With `sparse`, frames may lack masks."""
     if is_cityscapes(root):
         return read_cityscapes(root, split, offsets, training)
@@ -155,7 +154,7 @@ def read_split(root: Path, split: str, offsets: Sequence[int] = (), sparse: bool
         name = PurePosixPath(line)
         if name.is_absolute() or ".." in name.parts or not name.parts:
             raise InputError(f"{path}: {line!r} is not the name of a folder in {root / 'data'}")
-        name = str(name)                                    # `v/` is `v`
+        name = str(name)  # `v/` is `v`
         if name in videos:
             raise InputError(f"{path}: names the video {name} twice")
         videos[name] = read_video(root / "data" / name, name, sparse, first_label)
@@ -184,15 +183,15 @@ def read_video(folder: Path, name: str, sparse: bool, first_label: int) -> Video
 
 def read_cityscapes(root: Path, split: str, offsets: Sequence[int], training: bool) -> list[Video]:
     """Clips of Cityscapes: a labelled frame and the references before it, or those after it in
-    reverse order. Training gets both, evaluation one. A side with a missing frame is left out."""
+    reverse. Training gets both, evaluation one. A side that lacks a frame is left out."""
     labels: dict[str, Path] = {}
     folder = root / "gtFine" / split
     for path in sorted(folder.glob("*/*_gtFine_label*Ids.png"), key=number_order):
-        labels[path.name.partition("_gtFine")[0]] = path    # labelTrainIds is taken if there is one
+        labels[path.name.partition("_gtFine")[0]] = path  # labelTrainIds is taken if there is one
     if not labels:
         raise InputError(f"{folder}: no <city>/*_gtFine_labelIds.png there")
     sequences = root / "leftImg8bit_sequence" / split
-    places = tuple(range(len(offsets), 0, -1))              # of the references in a clip
+    places = tuple(range(len(offsets), 0, -1))  # of the references in a clip
     videos = []
     for name, label in labels.items():
         city = sequences / label.parent.name
@@ -212,7 +211,7 @@ def read_cityscapes(root: Path, split: str, offsets: Sequence[int], training: bo
 
 def number_order(path: Path, number: str = r"\d+") -> tuple:
     """A sort key for files: by the numbers in their names, frame_9 before frame_10."""
-    parts = re.split(f"({number})", path.stem)      # text and numbers in turns
+    parts = re.split(f"({number})", path.stem)  # text and numbers in turns
     for i in range(1, len(parts), 2):
         parts[i] = float(parts[i])
     return parts, path.name
@@ -226,8 +225,8 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def list_frames(folder: Path) -> list[Path]:
-    """The frames in a folder, in the order of the numbers in their names. Raises InputError if that
-    is ambiguous (1.05 and 1.1, or two frames of one name), and for other formats."""
+    """The frames in a folder, in the order of the numbers in their names. Raises InputError if
+    that is ambiguous (1.05 and 1.1, or two frames of one name), and for other formats."""
     frames = sorted(images_in(folder), key=number_order)
     if not frames:
         raise InputError(f"{folder}: no frames in it ({', '.join(FRAME_SUFFIXES)})")
@@ -252,7 +251,7 @@ def read_image(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except MemoryError:
         raise
-    except Exception as error:      # each of Pillow's decoders raises its own
+    except Exception as error:  # each of Pillow's decoders raises its own
         why = getattr(error, "strerror", None) or f"not a readable image ({error}); replace it"
         raise InputError(f"{path}: {why}") from None
 
@@ -262,7 +261,7 @@ def read_frame(path: Path) -> Image.Image:
     image = read_image(path)
     if image.mode.startswith(("I", "F")):
         raise InputError(f"{path}: has more than 8 bits per channel (mode {image.mode}); convert "
-                         "the frames to 8 bits, all with the same scale")
+                         "all frames to 8 bits, with one scale")
     return image.convert("RGB")
 
 
@@ -273,13 +272,12 @@ def read_frames(paths: Iterable[Path]) -> Iterator[Image.Image]:
         image = read_frame(path)
         size = size or image.size
         if image.size != size:
-            raise InputError(f"{path}: {image.size}, but other frames of this video are {size} "
-                             "(width, height)")
+            raise InputError(f"{path}: {image.size}, but other frames of this video are {size}")
         yield image
 
 
 def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool]:
-    """Read a mask of the given (width, height): a grey PNG's values, or a palette PNG's indices.
+    """Read a mask of the given (width, height): the values of a grey PNG, the indices of a palette.
 
     Editors and optimisers renumber a palette. So a mask in the colours of `coloured` is read by
     these. Returns the values, and whether they were read by colours: then they count from 0.
@@ -298,7 +296,7 @@ def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool
         colours[:len(palette)] = palette
         used = np.flatnonzero(image.histogram())
         values = [PALETTE_INDEX.get(tuple(colour)) for colour in colours[used].tolist()]
-        if None not in values and min(values) < MAX_CLASSES:    # black and white could be anyone's
+        if None not in values and min(values) < MAX_CLASSES:  # black and white could be anyone's
             table = np.zeros(256, dtype=np.uint8)
             table[used] = values
             return Image.fromarray(table[np.array(image)]), True
@@ -306,9 +304,9 @@ def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool
         if (palette == palette[:, :1]).all() and (palette != greys).any():
             raise InputError(f"{path}: its palette shows greys that are not the stored values; "
                              "save it as a grey PNG")
-    values = np.array(image, dtype=np.uint8)        # the indices of a palette image
+    values = np.array(image, dtype=np.uint8)  # the indices of a palette image
     bits = header[24]
-    if image.mode == "L" and bits < 8:              # Pillow stretches greys to 0 ... 255
+    if image.mode == "L" and bits < 8:  # Pillow stretches greys to 0 ... 255
         values //= 255 // (2 ** bits - 1)
     return Image.fromarray(values), False
 
@@ -337,9 +335,9 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label
 
 
 def check_labels(videos: Sequence[Video], classes: Sequence[str], split: str):
-    """Read up to CHECKED_MASKS masks of a split before a long run. Raises InputError if one can't
-    be used, or if they leave nothing to learn. Warns if they seem to count from 0, and of training
-    classes without pixels."""
+    """Read up to CHECKED_MASKS masks of a split before a run. Raises InputError if one can't be
+    used, or if they leave nothing to learn. Warns if they seem to count from 0, and of classes
+    without training pixels."""
     pairs = []
     for video in videos:
         pairs += [pair for pair in zip(video.masks, video.frames, strict=True) if pair[0]]
@@ -376,7 +374,7 @@ def make_palette() -> list[int]:
         brightness = 0.95 - k // 3 % 3 / 5
         rgb = colorsys.hsv_to_rgb(hue, saturation, brightness)
         palette += [round(255 * value) for value in rgb]
-    return palette + 3 * [255] + 3 * [0]        # WRONG is white, IGNORE black
+    return palette + 3 * [255] + 3 * [0]  # WRONG is white, IGNORE black
 
 
 PALETTE = make_palette()
@@ -393,8 +391,8 @@ def coloured(mask: np.ndarray) -> Image.Image:
 # --------------------------------------------------------------------- preprocessing and decoding
 
 def fit(size: tuple[int, int], frame_size: Sequence[float]) -> tuple[int, int]:
-    """(width, height) scaled so that the longer side fits into the longer one of `frame_size`, and
-    the shorter into the shorter."""
+    """(width, height) scaled so that the long side fits into the long one of `frame_size`, and the
+    short into the short."""
     scale = min(max(frame_size) / max(size), min(frame_size) / min(size))
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
@@ -402,12 +400,12 @@ def fit(size: tuple[int, int], frame_size: Sequence[float]) -> tuple[int, int]:
 def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) -> Tensor:
     """An RGB frame -> (3, H, W) float32, normalised, H and W multiples of 32.
 
-    It is fitted into `frame_size` (long, short), then resized up to multiples of 32, both times as
-    by OpenCV: bilinearly, half-pixel centres, no antialiasing, rounded.
+    It is fitted into `frame_size` (long, short), then resized up to multiples of 32, both as by
+    OpenCV: bilinearly, half-pixel centres, no antialiasing, rounded.
     """
     width, height = fit(image.size, frame_size)
     stretched = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()    # channels-last: fast
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()  # channels-last: fast
     for size in ((height, width), stretched):
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bilinear").round_()
@@ -416,11 +414,11 @@ def network_input(image: Image.Image, frame_size: Sequence[int] = FRAME_SIZE) ->
 
 def interpolate_and_decode(logits: Tensor, network_size: Sequence[int],
                            frame_size: Sequence[int]) -> Tensor:
-    """Logits (K, h, w) -> classes (H, W) uint8 at the frame's size: resized bilinearly to the
-    network's input size and from there to the frame's, both (height, width), as in the protocol."""
+    """Logits (K, h, w) -> classes (H, W) uint8: resized bilinearly to the network's input size and
+    from there to the frame's, both (height, width), as in the protocol."""
     for size in (network_size, frame_size):
         logits = F.interpolate(logits.view(1, *logits.shape[-3:]), tuple(size), mode="bilinear")
-    return logits[0].max(0).indices.to(torch.uint8)     # on CPUs much faster than argmax
+    return logits[0].max(0).indices.to(torch.uint8)  # on CPUs much faster than argmax
 
 
 # ----------------------------------------------------------------------------- training clips
@@ -430,8 +428,8 @@ class ClipDataset(torch.utils.data.Dataset):
 
     Labels are (T, h, w), or (h, w), only the target's, if frames of the videos lack masks. The
     target is the last frame. There is no last item: each len(videos) items in a row have one clip
-    of each video. Item i depends only on (seed, i). Videos without a possible target are left out,
-    and counted in `too_short`. Raises InputError if that leaves none.
+    of each video. Item i depends only on (seed, i). Videos without a possible target are left
+    out, and counted in `too_short`. Raises InputError if that leaves none.
     """
 
     def __init__(self, videos: Sequence[Video], num_classes: int, offsets: Sequence[int],
@@ -439,7 +437,7 @@ class ClipDataset(torch.utils.data.Dataset):
                  scale_range: Sequence[float] = (0.5, 2.0), seed: int = 0):
         self.num_classes = num_classes
         self.offsets = tuple(offsets)
-        self.crop = crop                            # height, width
+        self.crop = crop  # height, width
         self.frame_size = frame_size
         self.scale_range = scale_range
         self.seed = seed
@@ -448,12 +446,12 @@ class ClipDataset(torch.utils.data.Dataset):
         self.directions = [found for found in directions if found]
         self.too_short = len(videos) - len(self.directions)
         if not self.directions:
-            raise InputError(f"none of the {len(videos)} training videos has a labelled frame with "
-                             "all references; give smaller offsets (--dilation)")
+            raise InputError(f"none of the {len(videos)} training videos has a labelled frame "
+                             "with all references; give smaller offsets (--dilation)")
 
     def possible_directions(self, video: Video) -> list[tuple[Video, list[int]]]:
-        """A video forwards and backwards, each with its possible targets: labelled frames that have
-        all references. A direction without any is left out."""
+        """A video forwards and backwards, each with its possible targets: labelled frames with all
+        references. A direction without any is left out."""
         backwards = replace(video, frames=video.frames[::-1], masks=video.masks[::-1])
         first = max(video.offsets or self.offsets)
         directions = []
@@ -464,7 +462,7 @@ class ClipDataset(torch.utils.data.Dataset):
         return directions
 
     def choose(self, index: int) -> tuple[Video, np.random.Generator]:
-        """Item i's frames and masks, target last, and the random numbers for its augmentation."""
+        """Item i's frames and masks, target last, and a generator for its augmentation."""
         epoch, place = divmod(index, len(self.directions))
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.directions))
         directions = self.directions[order[place]]
@@ -502,8 +500,7 @@ class ClipDataset(torch.utils.data.Dataset):
         return images, targets[-1] if self.sparse else targets
 
     def choose_crop(self, label: Image.Image, size: tuple[int, int], rng: np.random.Generator):
-        """A crop of the frame scaled to `size`: its (width, height), and its box in the unscaled
-        frame."""
+        """A crop of the frame scaled to `size`: its (width, height), and its box before scaling."""
         crop = min(size[0], self.crop[1]), min(size[1], self.crop[0])
         x_scale, y_scale = label.width / size[0], label.height / size[1]
         for _ in range(CROP_TRIES):
@@ -527,8 +524,8 @@ def cut(image: Image.Image, size: tuple[int, int], box: tuple[float, ...], flip:
 
 
 def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Change brightness, contrast, saturation and hue, each with p = 0.5. Contrast comes second or,
-    as a coin decides, last."""
+    """Change brightness, contrast, saturation and hue, each with p = 0.5. Contrast is second or
+    last, by a coin."""
     levels = np.arange(256.0)
     brightness = rng.uniform(-BRIGHTNESS, BRIGHTNESS) if rng.random() < 0.5 else 0
     contrast = rng.uniform(*CONTRAST) if rng.random() < 0.5 else 1
@@ -555,24 +552,24 @@ def table_of(values: np.ndarray) -> list[int]:
 # --------------------------------------------------------------------------- synthetic videos
 
 SYNTHETIC_CLASSES = ["background", "columns", "rows", "diagonals", "checks"]
-SYNTHETIC_SIZE = (128, 96)                      # width, height: 8 x 6 reference tokens of stride 16
+SYNTHETIC_SIZE = (128, 96)  # width, height: 8 x 6 reference tokens of stride 16
 SYNTHETIC_VIDEOS = {"train": 200, "val": 24}
-SYNTHETIC_FRAMES = 20                           # a video
-OBJECTS = 3                                     # a video
-RADIUS = (18, 28)                               # of an object, in pixels
-TEXTURE = 40                                    # contrast of the textures
-CHROMA = 45                                     # how far colours are from grey
-PERIOD = 8                                      # of the textures, in pixels
-MARGIN = 40                                     # of the background around the frame, for panning
-CYCLE, BURST = 12, 3                            # of so many frames, this many in a row are bad
+SYNTHETIC_FRAMES = 20  # a video
+OBJECTS = 3            # a video
+RADIUS = (18, 28)      # of an object, in pixels
+TEXTURE = 40           # contrast of the textures
+CHROMA = 45            # how far colours are from grey
+PERIOD = 8             # of the textures, in pixels
+MARGIN = 40            # of the background around the frame, for panning
+CYCLE, BURST = 12, 3   # of so many frames, this many in a row are bad
 BAD_MOMENTS = ("dark", "bright", "noisy", "glare", "shaken")
 
 
 def write_synthetic(root: Path):
     """Make the data set of synthetic videos in the VSPW layout: all of it, or nothing.
 
-    Coloured objects move in front of a background; the texture of an object is its class. In bursts
-    of three frames the textures are gone. The class can then only be seen 3, 6 and 9 frames
+    Coloured objects move in front of a background; the texture of an object is its class. In
+    bursts of three frames the textures are gone. The class can then only be seen 3, 6 and 9 frames
     earlier, so a method must find the same object there, by its colour.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -600,15 +597,15 @@ def synthetic_video(rng: np.random.Generator) -> Iterator[tuple[Image.Image, Ima
                            128 + 12 * smooth_noise(rng, 32),
                            128 + 12 * smooth_noise(rng, 32)])
     grain = 25 * smooth_noise(rng, 6)
-    pan = rng.uniform(-1.5, 1.5, 2)                             # pixels a frame
+    pan = rng.uniform(-1.5, 1.5, 2)  # pixels a frame
     classes = rng.integers(1, len(SYNTHETIC_CLASSES), OBJECTS)
     first_hue = rng.uniform(0, 2 * math.pi)
-    hues = first_hue + rng.permutation(OBJECTS) * 2 * math.pi / OBJECTS     # no two alike
+    hues = first_hue + rng.permutation(OBJECTS) * 2 * math.pi / OBJECTS  # no two alike
     greys = rng.uniform(90, 160, OBJECTS)
-    centres = rng.uniform(0.1, 0.9, (OBJECTS, 2)) * (height, width)         # in mid-video
-    speeds = rng.uniform(-2.5, 2.5, (OBJECTS, 2))               # pixels a frame
+    centres = rng.uniform(0.1, 0.9, (OBJECTS, 2)) * (height, width)  # in mid-video
+    speeds = rng.uniform(-2.5, 2.5, (OBJECTS, 2))  # pixels a frame
     radii = rng.uniform(*RADIUS, (OBJECTS, 2))
-    powers = rng.choice([2, 6], OBJECTS)                        # ellipses and blunt boxes
+    powers = rng.choice([2, 6], OBJECTS)  # ellipses and blunt boxes
     turns = rng.uniform(0, math.pi, OBJECTS)
     phase = rng.integers(CYCLE)
     moment = ""
@@ -677,7 +674,7 @@ def spoil(picture: np.ndarray, moment: str, rng: np.random.Generator):
     elif moment == "shaken":
         shifted = [np.roll(picture, shift, axis=2) for shift in range(-4, 5)]
         picture[:] = np.mean(shifted, axis=0)
-    else:                                       # glare
+    else:  # glare
         y, x = np.ogrid[:height, :width]
         distance = (y - rng.uniform(0, height)) ** 2 + (x - rng.uniform(0, width)) ** 2
         veil = 0.6 * np.exp(-distance / 70 ** 2)
@@ -742,20 +739,20 @@ def between(low: float, high: float = 1e9, kind: type = int) -> Callable[[str], 
 
 
 def refuse_to_overwrite(path: Path, instead: str = "give another name"):
-    """Raise InputError if there is such a file, or such a folder with anything in it except
-    half-written files, *.tmp."""
+    """Raise InputError if there is such a file, or such a folder with more in it than half-written
+    files, *.tmp."""
     if path.is_file() or path.is_dir() and any(x.suffix != ".tmp" for x in path.iterdir()):
         raise InputError(f"{path}: exists already, and nothing is overwritten; {instead}")
 
 
 def run_script(main: Callable[[], None]):
-    """Run a script's main. An error that the user can fix is one line on stderr and exit code 2."""
+    """Run a script's main. An error that the user can fix becomes one line and exit code 2."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:          # closed, for instance by a service
+        if getattr(sys, name) is None:  # closed, for instance by a service
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")   # what it can't show otherwise
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # what it can't show otherwise
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    signal.signal(signal.SIGINT, signal.default_int_handler)    # background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     code = 0
     try:
         main()
@@ -800,8 +797,8 @@ def in_one_line(error: BaseException) -> str | None:
 
 
 def download_pretrained(source: str) -> Path:
-    """The file of pretrained weights `source`, or of OWNER/NAME on Hugging Face (or HF_ENDPOINT),
-    downloaded once into torch.hub's folder."""
+    """The file `source`, or that of OWNER/NAME on Hugging Face (or HF_ENDPOINT), downloaded once
+    into torch.hub's folder."""
     if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return Path(source)
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -814,7 +811,7 @@ def download_pretrained(source: str) -> Path:
         url = f"{host}/{source}/resolve/main/{file.name}"
         try:
             torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
-            read_state_dict(file)                   # whole, or an error
+            read_state_dict(file)  # whole, or an error
             return file
         except (OSError, http.client.HTTPException, InputError) as error:
             file.unlink(missing_ok=True)
@@ -824,7 +821,7 @@ def download_pretrained(source: str) -> Path:
 
 
 def join_processes(args: argparse.Namespace):
-    """Join the other processes if torchrun, or a cluster in its way, started this one."""
+    """Join the other processes if torchrun, or a cluster like it, started this one."""
     global patient_group
     if not TORCHRUN <= os.environ.keys():
         return
@@ -837,11 +834,11 @@ def join_processes(args: argparse.Namespace):
     patient_group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
-patient_group = None            # for exchanges that wait until others have evaluated
+patient_group = None  # for exchanges that wait until others have evaluated
 
 
 def gather(value) -> list:
-    """The values of all processes, in the order of their ranks. Waits hours for them if need be."""
+    """The values of all processes, in the order of their ranks. Waits up to hours for them."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -867,16 +864,16 @@ def say(text: str):
 
 @torch.no_grad()
 def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequence[int]) -> Tensor:
-    """The same as `interpolate_and_decode`, on CPUs many times as fast. Bilinear weights are
-    positive and the same for all classes. So if one class is the largest at all positions that a
-    pixel reads from, it is the pixel's class."""
+    """The same as `interpolate_and_decode`, on CPUs many times as fast. Bilinear weights are not
+    negative, and the same for all classes. So a class that is the largest at all positions that a
+    pixel reads from is the pixel's class."""
     if logits.device.type != "cpu":
         return interpolate_and_decode(logits, network_size, frame_size)
     h, w = logits.shape[1:]
-    largest = logits.max(0).indices.to(torch.uint8)                     # (h, w)
+    largest = logits.max(0).indices.to(torch.uint8)  # (h, w)
     rows, row_weights = positions_read(h, network_size[0], frame_size[0])
     columns, column_weights = positions_read(w, network_size[1], frame_size[1])
-    mask = largest[:, columns].amin(2)[rows].amin(1)                    # (H, W)
+    mask = largest[:, columns].amin(2)[rows].amin(1)  # (H, W)
     undecided = mask != largest[:, columns].amax(2)[rows].amax(1)
     if undecided.count_nonzero() > SPARSE_SHARE * mask.numel():
         return interpolate_and_decode(logits, network_size, frame_size)
@@ -885,10 +882,10 @@ def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequenc
     # positions that they read from.
     y, x = undecided.nonzero(as_tuple=True)
     weights = row_weights.to(logits)[y][:, :, None] * column_weights.to(logits)[x][:, None]
-    positions = rows[y][:, :, None] * w + columns[x][:, None]           # (M, few, few)
-    table = logits.flatten(1).T.contiguous()                            # (h w, K)
+    positions = rows[y][:, :, None] * w + columns[x][:, None]  # (M, few, few)
+    table = logits.flatten(1).T.contiguous()  # (h w, K)
     interpolated = F.embedding_bag(positions.flatten(1), table, mode="sum",
-                                   per_sample_weights=weights.flatten(1))   # (M, K)
+                                   per_sample_weights=weights.flatten(1))  # (M, K)
     mask[undecided] = interpolated.argmax(1).to(torch.uint8)
     return mask
 

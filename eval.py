@@ -1,9 +1,9 @@
-"""Evaluate on videos: the paper's protocol and metrics, masks, pictures, and what all of it costs.
+"""Evaluate on videos: the paper's protocol and metrics, masks, pictures, and costs.
 
-    python eval.py --checkpoint runs/mrcfa_b0/best.pt --data DIR --split val --save masks/
+    python eval.py --checkpoint runs/mrcfa_b0/best.pt --data DIR --save masks/
     python eval.py --checkpoint mrcfa_b1.pth --model mrcfa_b1 --num-classes 124 --data VSPW
-    python eval.py --predictions masks/ --data DIR --split val          # masks of any method
-    torchrun --nproc_per_node 4 eval.py ...                             # videos shared out
+    python eval.py --predictions masks/ --data DIR      # masks of any method
+    torchrun --nproc_per_node 4 eval.py ...             # videos shared out
 """
 import argparse
 import json
@@ -30,15 +30,15 @@ from mrcfa import MRCFA, as_maps, load_checkpoint, read_weights, reference_indic
 from segformer import EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_strictly, read_checkpoint
 
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
-WINDOWS = (8, 16)               # n of the video consistencies mVC_n, in frames
-PICTURED_VIDEOS = 3             # videos with pictures
-PICTURED_FRAMES = 100           # frames in a picture, the first labelled ones of a video
-PANEL = 200                     # long side of a picture's panels, in pixels
-LEGEND = 204                    # width of a legend's column, in pixels, for letters of 10 pixels
-ROUNDS = 5                      # times that the benchmark measures each model
+WINDOWS = (8, 16)      # n of the video consistencies mVC_n, in frames
+PICTURED_VIDEOS = 3    # videos with pictures
+PICTURED_FRAMES = 100  # frames in a picture, the first labelled ones
+PANEL = 200            # long side of a picture's panels, in pixels
+LEGEND = 204           # width of a legend's column, for letters of 10 pixels
+ROUNDS = 5             # times that the benchmark measures each model
 
-# A function that yields a mask (H, W) uint8, or None, for each frame of a video.
-Segment = Callable[[Video], Iterator[np.ndarray | None]]
+Masks = Iterator[np.ndarray | None]     # for each frame of a video (H, W) uint8, or None
+Segment = Callable[[Video], Masks]
 
 
 # ------------------------------------------------------------------------------------- metrics
@@ -46,17 +46,17 @@ Segment = Callable[[Video], Iterator[np.ndarray | None]]
 class SegmentationMetrics:
     """IoUs and temporal consistencies (mVC) over whole videos. Classes are 0 ... K-1.
 
-    255 is ignored, except by mVC, which treats it like any other label, as the authors' script
-    does. (That script also leaves videos of up to 16 frames out of mIoU; here all count.)
+    255 is ignored, except by mVC: like the authors' script it treats 255 as any other label.
+    (That script also leaves videos of up to 16 frames out of mIoU; here all count.)
     """
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
-        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)   # [label, mask]
-        self.consistencies: dict[int, list[float]] = {n: [] for n in WINDOWS}   # of each window
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # [label, mask]
+        self.consistencies = {n: [] for n in WINDOWS}       # a share for each window of n frames
 
     def update(self, labels, predictions):
-        """Add one whole video, integer arrays or tensors (frames, H, W), or raise ValueError."""
+        """Add a whole video, integers (frames, H, W). Raises ValueError for what is wrong."""
         labels = self.as_bytes(labels, "labels")
         predictions = self.as_bytes(predictions, "predictions")
         if labels.shape != predictions.shape:
@@ -66,53 +66,53 @@ class SegmentationMetrics:
             pairs = 256 * label.int() + prediction
             counts = torch.bincount(pairs.flatten(), minlength=256 ** 2).view(256, 256)
             self.confusion += counts[:self.num_classes, :self.num_classes]
-        if len(labels) > max(WINDOWS):                      # the protocol leaves out short videos
+        if len(labels) > max(WINDOWS):      # as in the protocol
             self.add_consistencies(labels, predictions)
 
     def as_bytes(self, values, name: str) -> Tensor:
         """Values of a video as uint8. Only labels can be ignored."""
         values = torch.as_tensor(values).cpu()
         if values.ndim != 3 or values.is_floating_point():
-            raise InputError(f"{name} {values.dtype} {tuple(values.shape)} must be integers and "
-                             "(frames, H, W)")
+            found = f"{values.dtype} {tuple(values.shape)}"
+            raise InputError(f"{name}: {found}, but must be integers (frames, H, W)")
         if values.dtype != torch.uint8:
             values = values.long()
         wrong = (values < 0) | (values >= self.num_classes)
         if name == "labels":
             wrong &= values != IGNORE
         if wrong.any():
-            raise InputError(f"{name}: {values[wrong][0].item()} is not a class; they are 0 ... "
-                             f"{self.num_classes - 1}")
+            value = values[wrong][0].item()
+            raise InputError(f"{name}: {value} is not a class; give 0 ... {self.num_classes - 1}")
         return values.to(torch.uint8)
 
     def add_consistencies(self, labels: Tensor, predictions: Tensor):
         """Add mVC's windows: of the pixels whose label is constant in a window, the share whose
-        prediction is also constant. The protocol has no window that ends at the last frame."""
-        runs = zip(run_lengths(labels[:-1]), run_lengths(predictions[:-1]), strict=True)
-        for label_run, prediction_run in runs:
-            for n in WINDOWS:                               # the n frames up to this one
+        prediction is, too. The protocol has no window that ends at the last frame."""
+        label_runs = run_lengths(labels[:-1])
+        prediction_runs = run_lengths(predictions[:-1])
+        for label_run, prediction_run in zip(label_runs, prediction_runs, strict=True):
+            for n in WINDOWS:           # the n frames up to this one
                 constant = label_run >= n
-                pixels = constant.count_nonzero().item()
-                consistent = (constant & (prediction_run >= n)).count_nonzero().item()
+                consistent = constant & (prediction_run >= n)
+                pixels = constant.sum().item()
                 if pixels:
-                    self.consistencies[n].append(consistent / pixels)
+                    self.consistencies[n].append(consistent.sum().item() / pixels)
 
     def class_iou(self) -> Tensor:
         """IoU of each class (K,), NaN for a class that doesn't occur in the labels."""
-        counts = self.confusion.double()
-        hits, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+        hits = self.confusion.double().diagonal()
+        labelled, predicted = self.confusion.sum(1), self.confusion.sum(0)
         iou = hits / (labelled + predicted - hits)
         return iou.where(labelled > 0, math.nan)
 
     def compute(self) -> dict[str, float]:
-        """mIoU, weighted_IoU, mVC8, mVC16, pixel_accuracy: 0 ... 1, NaN if nothing was measured."""
+        """mIoU, weighted_IoU, mVC8, mVC16, pixel_accuracy: 0 ... 1, or NaN without labels."""
         iou = self.class_iou()
-        share = self.confusion.double() / self.confusion.sum()      # NaN without labels
+        share = self.confusion.double() / self.confusion.sum()  # NaN without labels
         values = {"mIoU": iou.nanmean().item(),
                   "weighted_IoU": (iou.nan_to_num() @ share.sum(1)).item()}
-        for n, consistencies in self.consistencies.items():
-            count = len(consistencies)
-            values[f"mVC{n}"] = math.fsum(consistencies) / count if count else math.nan
+        for n, shares in self.consistencies.items():
+            values[f"mVC{n}"] = math.fsum(shares) / len(shares) if shares else math.nan
         values["pixel_accuracy"] = share.trace().item()
         return values
 
@@ -125,8 +125,8 @@ class SegmentationMetrics:
 
 
 def run_lengths(frames: Tensor) -> Iterator[Tensor]:
-    """For each frame (H, W), the number of frames for which each pixel has had its value, up to the
-    longest window."""
+    """For each frame, how long each pixel has had its value (H, W), in frames, up to the longest
+    window."""
     run, previous = torch.zeros_like(frames[0]), frames[0]
     for frame in frames:
         run = (run * (frame == previous) + 1).clamp(max=max(WINDOWS))
@@ -136,13 +136,14 @@ def run_lengths(frames: Tensor) -> Iterator[Tensor]:
 
 def table(columns: Sequence[str], rows: dict[str, Sequence[float]]) -> str:
     """Named rows of shares as text, in percent, with a dash for NaN."""
-    first = max([12, *(len(name) for name in rows)])
-    width = max([14, *(len(column) for column in columns)])
-    lines = [" " * first + "".join(f" {column:>{width}}" for column in columns)]
+    lines = [["", *columns]]
     for name, values in rows.items():
         cells = ["-" if math.isnan(value) else f"{100 * value:.2f}" for value in values]
-        lines.append(f"{name:{first}}" + "".join(f" {cell:>{width}}" for cell in cells))
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    first = max(12, *map(len, rows))
+    width = max(14, *map(len, columns))
+    return "\n".join(name.ljust(first) + "".join(f" {cell:>{width}}" for cell in cells)
+                     for name, *cells in lines)
 
 
 def metrics_table(results: dict[str, SegmentationMetrics]) -> str:
@@ -160,14 +161,14 @@ def without_nan(values: dict[str, float]) -> dict[str, float | None]:
 # ---------------------------------------------------------------------------------- evaluation
 
 def autocast(device: torch.device, amp: str | None) -> torch.autocast:
-    """The context of --amp: bfloat16 where it is exact enough, or no change."""
+    """The context of --amp: bfloat16 where it is exact enough."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
 
 
 def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
-                  amp: str | None = None) -> Iterator[np.ndarray | None]:
-    """The masks (H, W) uint8 of a video's frames, in order and each at its frame's own size; None
-    for the references in Cityscapes' clips."""
+                  amp: str | None = None) -> Masks:
+    """The mask (H, W) uint8 of each frame, at the frame's own size; None for the references in
+    Cityscapes' clips."""
     device = next(model.parameters()).device
     stream = model.stream() if isinstance(model, MRCFA) else None
     frames = read_frames(video.frames)
@@ -178,16 +179,15 @@ def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
         with torch.no_grad(), exact, autocast(device, amp):
             logits = stream(x) if stream else model(x[None])[0]
         if not logits.sum().isfinite():
-            raise InputError(f"{path}: the network's output is not finite; probably its weights "
-                             "are not, either")
+            raise InputError(f"{path}: the network's output is not finite; are its weights?")
         if video.offsets and not label:
             yield None
             continue
         yield decode_mask(logits.float(), x.shape[-2:], image.size[::-1]).cpu().numpy()
 
 
-def saved_masks(video: Video, folder: Path, num_classes: int) -> Iterator[np.ndarray | None]:
-    """The masks DIR/<video>/<frame>.png of a video's labelled frames, and None for the others."""
+def saved_masks(video: Video, folder: Path, num_classes: int) -> Masks:
+    """The masks DIR/<video>/<frame>.png of labelled frames, and None for the others."""
     frames = read_frames(video.frames)
     for path, label, image in zip(video.frames, video.masks, frames, strict=True):
         if label is None:
@@ -196,8 +196,7 @@ def saved_masks(video: Video, folder: Path, num_classes: int) -> Iterator[np.nda
         mask_path = folder / video.name / f"{path.stem}.png"
         mask = np.array(read_index_map(mask_path, image.size)[0])
         if mask.max() >= num_classes:
-            raise InputError(f"{mask_path}: class {mask.max()}, but there are only "
-                             f"0 ... {num_classes - 1}")
+            raise InputError(f"{mask_path}: class {mask.max()}, but there are only {num_classes}")
         yield mask
 
 
@@ -206,9 +205,9 @@ def evaluate(methods: dict[str, Segment], videos: Sequence[Video], classes: Sequ
              ) -> dict[str, SegmentationMetrics]:
     """Compare the masks of each method with the labels -> metrics of each.
 
-    Masks are written to `save`, masks over their frames to `overlay`. Several methods have a folder
-    each. The first videos are drawn in `pictures`. The processes of a torch.distributed group share
-    the videos, and all get the same metrics.
+    Masks are written to `save`, masks over their frames to `overlay`; several methods have a
+    folder each. The first videos are drawn in `pictures`. The processes of a torch.distributed
+    group share the videos, and all get the same metrics.
     """
     results = {name: SegmentationMetrics(len(classes)) for name in methods}
     longest_first = sorted(range(len(videos)), key=lambda i: -len(videos[i].frames))
@@ -240,7 +239,7 @@ def evaluate(methods: dict[str, Segment], videos: Sequence[Video], classes: Sequ
             for name, metrics in results.items():
                 if labels and None not in video.masks:
                     metrics.update(np.stack(labels), np.stack(masks[name]))
-                else:                                       # no mVC where labels are missing
+                else:                           # no mVC where labels are missing
                     for label, mask in zip(labels, masks[name], strict=True):
                         metrics.update(label[None], mask[None])
             if pictures and labels and i < PICTURED_VIDEOS:
@@ -253,15 +252,14 @@ def evaluate(methods: dict[str, Segment], videos: Sequence[Video], classes: Sequ
 # ---------------------------------------------------------------------------------- checkpoints
 
 def load_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """The checkpoint's model, ready to run as the command line asks, and its config."""
+    """The checkpoint's model, set up as the command line asks, and its config."""
     path = args.checkpoint
     if "config" in read_checkpoint(path):
         model, config = load_checkpoint(path)
     elif args.model and args.num_classes:
         model, config = load_released(path, args.model, args.num_classes)
     else:
-        raise InputError(f"{path}: is not train.py's; for a released checkpoint give --model and "
-                         "--num-classes")
+        raise InputError(f"{path}: is not train.py's; if released, give --model and --num-classes")
     if isinstance(model, MRCFA):
         model.offsets = tuple(args.offsets or model.offsets)
         model.keep_ratio = args.keep_ratio or model.keep_ratio
@@ -274,14 +272,14 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
 
 
 def load_released(path: Path, name: str, num_classes: int) -> tuple[nn.Module, dict]:
-    """A released MRCFA or SegFormer, or the bare weights of one of ours, and a config for it."""
+    """A released MRCFA or SegFormer, or bare weights of ours, and a config for it."""
     kind, variant = name.split("_")
     content = read_checkpoint(path)
     try:
         state = read_weights(content)
         if kind == "mrcfa":
             kernel = state["value.weight"].shape[-1] if "value.weight" in state else 4
-            model = MRCFA(variant, num_classes, reference_stride=8 * kernel)
+            model = MRCFA(variant, num_classes, 8 * kernel)
         else:
             embed_dim = len(state.get("head.fuse.weight", ())) or EMBED_DIM
             model = SegFormer(variant, num_classes, embed_dim)
@@ -298,26 +296,26 @@ def load_released(path: Path, name: str, num_classes: int) -> tuple[nn.Module, d
 
 def parse_args() -> argparse.Namespace:
     """The command line of an evaluation."""
-    parser = ArgumentParser(description="Evaluate a checkpoint or saved masks, segment a folder of "
+    parser = ArgumentParser(description="Evaluate a checkpoint or masks, segment a folder of "
                                         "frames, or measure the speed.",
                             formatter_class=HelpFormatter)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--checkpoint", type=Path, metavar="FILE", help="checkpoint of train.py or of the authors")
+    add("--checkpoint", type=Path, metavar="FILE", help="train.py's or the authors' checkpoint")
     add("--predictions", type=Path, metavar="DIR",
         help="score the masks DIR/<video>/<frame>.png, pixel = class from 0")
     add("--benchmark", action="store_true",
         help="measure parameters, operations and time of --variants")
 
     add = parser.add_argument_group("files").add_argument
-    add("--split", default="val", metavar="NAME", help="evaluate the videos in NAME.txt of --data")
+    add("--split", default="val", metavar="NAME", help="the videos in NAME.txt of --data")
     add("--frames", type=Path, metavar="DIR",
         help="instead of --data, unlabelled frames, for --save and --overlay")
-    add("--save", type=Path, metavar="DIR", help="new folder for the predicted masks, palette PNGs")
-    add("--overlay", type=Path, metavar="DIR", help="new folder for the masks over their frames")
+    add("--save", type=Path, metavar="DIR", help="new folder for masks, palette PNGs")
+    add("--overlay", type=Path, metavar="DIR", help="new folder for masks over their frames")
     add("--pictures", type=Path, metavar="DIR",
         help=f"new folder for animations of the first {PICTURED_VIDEOS} videos")
     add("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
-        help="draw into --pictures what a pixel reads from its references; frames count from 0")
+        help="draw into --pictures what a pixel reads from its references; frames from 0")
     add("--json", type=Path, metavar="FILE", help="new file for the metrics")
     add("--per-class", action="store_true", help="also print the IoU of each class")
     add("--single-frames", action="store_true",
@@ -337,10 +335,10 @@ def parse_args() -> argparse.Namespace:
         help="size of the benchmark's frames")
     args = parser.parse_args()
     if not args.benchmark and not args.data and not (args.checkpoint and args.frames):
-        parser.error("--data DIR is missing, or --frames DIR to segment with --checkpoint FILE")
+        parser.error("--data DIR is missing, or --checkpoint FILE with --frames DIR")
     if args.frames and (args.json or args.pictures or not (args.save or args.overlay)):
-        parser.error("--frames have no labels: they need --save DIR for the masks or "
-                     "--overlay DIR, and nothing else")
+        parser.error("--frames have no labels: they need --save DIR or --overlay DIR, and "
+                     "nothing else")
     if args.explain and not (args.checkpoint and args.pictures and args.data):
         parser.error("--explain needs --checkpoint FILE, --data DIR and --pictures DIR")
     args.device = torch.device(args.device)
@@ -348,18 +346,18 @@ def parse_args() -> argparse.Namespace:
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser):
-    """The arguments of both train.py and eval.py. In eval.py the defaults are those of training."""
+    """The arguments of both train.py and eval.py, which by default takes those of training."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
     add = parser.add_argument_group("both scripts (in eval.py: as in training)").add_argument
-    add("--data", type=Path, metavar="DIR", help="data folder; train.py makes one if none is given")
+    add("--data", type=Path, metavar="DIR", help="data folder; train.py can make one")
     add("--labels", choices=("dense", "sparse"), help="sparse: allow frames without masks")
     add("--first-label", type=int, choices=(0, 1),
         help="value of the first class in label maps; with 1, 0 is ignored")
     add("--dilation", dest="offsets", type=between(1), nargs="+", metavar="N",
         help="distances of the references, in frames, oldest first")
     add("--keep-ratio", type=between(0.01, 1, float),
-        help="share of the tokens that STM keeps, 1 for all (default in train.py: the paper's)")
+        help="share of the tokens that STM keeps (by default the paper's); 1 for all")
     add("--frame-size", type=between(1), nargs=2, metavar=("LONG", "SHORT"),
         help="scale frames to fit this")
     add("--device", choices=devices, default=devices[0], help="where the network runs")
@@ -384,7 +382,7 @@ def run(args: argparse.Namespace):
     for path in (args.save, args.json, args.overlay, args.pictures):
         if path:
             refuse_to_overwrite(path)
-    gather(None)                            # until all have seen that there is nothing yet
+    gather(None)  # until all have seen that there is nothing yet
     methods, config = prepare_methods(args)
     classes = config["classes"]
     if args.frames:
@@ -407,7 +405,7 @@ def run(args: argparse.Namespace):
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(content, indent=2) + "\n")
-    finally:                                # printed even if it can't be written
+    finally:  # printed even if it can't be written
         print(metrics_table(results))
     if args.per_class:
         ious = torch.stack([metrics.class_iou() for metrics in results.values()], dim=1)
@@ -415,7 +413,7 @@ def run(args: argparse.Namespace):
 
 
 def prepare_methods(args: argparse.Namespace) -> tuple[dict[str, Segment], dict]:
-    """The methods that the command line names, and a dict with their "classes" and more."""
+    """The methods on the command line, and a dict with their "classes" and more."""
     if args.predictions:
         classes = read_classes(args.data, default=VSPW_CLASSES)
         segment = partial(saved_masks, folder=args.predictions, num_classes=len(classes))
@@ -436,7 +434,7 @@ def prepare_methods(args: argparse.Namespace) -> tuple[dict[str, Segment], dict]
 # ------------------------------------------------------------------------------------- pictures
 
 def blend(frame: Path, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
-    """A mask over its frame, with the names of its classes. A background keeps its colours."""
+    """A mask over its frame, with its classes' names. A background keeps its colours."""
     original = read_frame(frame)
     image = Image.blend(original, coloured(mask).convert("RGB"), 0.5)
     if "background" in classes:
@@ -447,8 +445,8 @@ def blend(frame: Path, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
 
 
 def draw_legend(image: Image.Image, areas: np.ndarray, classes: Sequence[str], font_size: int = 10):
-    """Write the names of the classes with an area (256,) into an image, on their colours and the
-    largest first, in columns from its upper left corner."""
+    """Write the names of the classes with an area (256,) into an image, on their colours, the
+    largest first, in columns from the left."""
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(font_size)
     height = font_size + 6
@@ -472,27 +470,28 @@ def panel(image: Image.Image, title: str) -> Image.Image:
 
 
 def tile(rows: Iterable[Sequence[Image.Image]]) -> Image.Image:
-    """Images side by side, row by row. Those of a row have one height, and all rows one width."""
+    """Images side by side, row by row. A row has one height, and all rows have one width."""
     stacked = [np.hstack([np.asarray(image) for image in row]) for row in rows]
     return Image.fromarray(np.vstack(stacked))
 
 
 def draw_video(path: Path, video: Video, labels: Sequence[np.ndarray],
                masks: dict[str, Sequence[np.ndarray]], classes: Sequence[str]):
-    """Animate a video's labelled frames: frame, label, and each method's mask with errors hatched.
-    Beside them are the names of all classes on their colours."""
-    labelled = [t for t, mask_path in enumerate(video.masks) if mask_path][:PICTURED_FRAMES]
+    """Animate a video's labelled frames: frame, label, each method's mask with errors hatched, and
+    the names of all classes."""
+    labelled = [t for t, mask_path in enumerate(video.masks) if mask_path]
     y, x = np.indices(labels[0].shape)
     stripes = (x + y) % max(2, len(y) // 16) < max(1, len(y) // 64)
     areas = np.zeros(256, dtype=np.int64)
     rows = []
-    for i, t in enumerate(labelled):
+    for i, t in enumerate(labelled[:PICTURED_FRAMES]):
+        label = labels[i]
         row = [panel(read_frame(video.frames[t]), f"{video.name}, frame {t}"),
-               panel(coloured(labels[i]), "label")]
-        areas += np.bincount(labels[i].ravel(), minlength=256)
+               panel(coloured(label), "label")]
+        areas += np.bincount(label.ravel(), minlength=256)
         for name in masks:
             mask = masks[name][i]
-            wrong = (labels[i] != IGNORE) & (mask != labels[i])
+            wrong = (label != IGNORE) & (mask != label)
             hatched = np.where(wrong & stripes, np.uint8(WRONG), mask)
             row.append(panel(coloured(hatched), f"{name}, errors hatched"))
             areas += np.bincount(mask.ravel(), minlength=256)
@@ -511,8 +510,7 @@ def explain_pixel(args: argparse.Namespace):
     """Draw what --explain asks for."""
     model, config = load_model(args)
     if not isinstance(model, MRCFA):
-        raise InputError(f"--explain: {args.checkpoint} is a {config['model']}, which has no "
-                         "references")
+        raise InputError(f"--explain: {args.checkpoint} is not an MRCFA: it has no references")
     video = args.explain[0]
     t, x, y = (int(number) if number.isdecimal() else -1 for number in args.explain[1:])
     frames = list_frames(args.data / "data" / video / "origin")
@@ -520,7 +518,7 @@ def explain_pixel(args: argparse.Namespace):
     first = len(model.offsets)
     if not (first <= t < len(frames) and 0 <= x < width and 0 <= y < height):
         raise InputError(f"--explain {' '.join(args.explain)}: give a frame from {first} to "
-                         f"{len(frames) - 1}, and a place in its {width}x{height} pixels")
+                         f"{len(frames) - 1}, and a place in {width}x{height} pixels")
     path = args.pictures / f"{video.replace('/', '_')}_{t}_{x}_{y}.png"
     refuse_to_overwrite(path)
     chosen = [frames[i] for i in (*reference_indices(t, model.offsets), t)]
@@ -533,24 +531,29 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
             place: tuple[int, int]) -> Image.Image:
     """Draw what one pixel (x, y) of the target, the last frame, reads from its references.
 
-    A column per reference: the tokens that STM keeps, the pixel's affinities A^4 and A^2 to them,
-    the same after SAR and after MAA, and the weights B of their values. The last column has what
-    SAR and MAA convolve: the affinities of one token (ringed) to all positions of the target.
+    A column per reference: the tokens that STM keeps, the pixel's affinities A^4 and A^2 to
+    them, the same after SAR and after MAA, and the weights B of their values. The last column
+    has what SAR and MAA convolve: the affinities of one token (ringed) to the whole target.
     """
-    images = list(read_frames(frames))
     device = next(model.parameters()).device
-    encoded = [model.encode(network_input(image, frame_size)[None].to(device)) for image in images]
-    queries = model.queries(encoded[-1][0])
-    target = images[-1]
+
+    def encode(image: Image.Image) -> tuple[list[Tensor], Tensor]:
+        """[F_1 ... F_4] and F of an image."""
+        return model.encode(network_input(image, frame_size)[None].to(device))
+
+    *images, target = read_frames(frames)
+    features, _ = encode(target)
+    queries = model.queries(features)
     x, y = (place[0] + 0.5) / target.width, (place[1] + 0.5) / target.height
     columns = []
-    for path, image, (features, fused) in zip(frames[:-1], images[:-1], encoded[:-1], strict=True):
-        h, w = (4 * side // model.reference_stride for side in fused.shape[-2:])    # of tokens
+    for path, image in zip(frames[:-1], images, strict=True):
+        features, fused = encode(image)
+        h, w = (4 * side // model.reference_stride for side in fused.shape[-2:])
         reference = model.keys_and_values(features, model.at_stride_8(fused))
         kept, steps = reconstruction_steps(model, queries, reference)
         heats = []
         for name, maps in steps.items():
-            read = torch.full((h * w,), math.nan)           # NaN for tokens that STM drops
+            read = torch.full((h * w,), math.nan)       # NaN for tokens that STM drops
             read[kept] = maps[:, int(y * maps.shape[1]), int(x * maps.shape[2])]
             heats.append(heat_panel(read.view(h, w), image, name))
         dropped = Image.fromarray(read.view(h, w).isnan().numpy()).resize(image.size)
@@ -570,14 +573,14 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
 
 def reconstruction_steps(model: MRCFA, queries: Sequence[Tensor], reference
                          ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the tokens (m,) that STM keeps, and the maps (m, h_l, w_l) of some steps after it."""
+    """The tokens (m,) that STM keeps, and the maps (m, h_l, w_l) of some steps after it."""
     kept, A2, _, A4, M2, B, _ = model.reconstruct(queries, reference)
     size2, _, size4 = (Q.shape[1:3] for Q in queries)
     A2, A4, B = as_maps(A2, size2), as_maps(A4, size4), as_maps(B, size2)
     steps = {"A4 (target stride 32)": A4, "A2 (target stride 8)": A2,
              "SAR: G2(A2)": model.aggregation.g2(A2), "MAA: M2": M2, "B: weights": B}
     for name, maps in steps.items():
-        channels = maps[0].unflatten(0, (kept.shape[1], -1))    # b1 has two per token
+        channels = maps[0].unflatten(0, (kept.shape[1], -1))  # b1 has two per token
         steps[name] = channels.mean(1).float().cpu()
     return kept[0].cpu(), steps
 
@@ -592,11 +595,12 @@ def ringed(image: Image.Image, x: float, y: float) -> Image.Image:
 
 
 def heat_panel(values: Tensor, over: Image.Image, title: str) -> Image.Image:
-    """Numbers (h, w) as colours over an image, from blue, the lowest, to red; NaN is dark."""
+    """Numbers (h, w) as colours over an image: blue is lowest, red highest, NaN dark."""
     known = values[~values.isnan()]
     low, high = known.min(), known.max()
     share = (values - low) / (high - low).clamp(min=1e-12)
-    colours = torch.stack([share, 1 - 2 * (share - 0.5).abs(), 1 - share], dim=-1).nan_to_num(0.2)
+    colours = torch.stack([share, 1 - 2 * (share - 0.5).abs(), 1 - share], dim=-1)
+    colours = colours.nan_to_num(0.2)
     image = Image.fromarray((255 * colours).round().byte().numpy())
     image = Image.blend(over, image.resize(over.size, Image.Resampling.NEAREST), 0.6)
     return panel(image, f"{title}   {low:.3g} ... {high:.3g}")
@@ -606,8 +610,8 @@ def heat_panel(values: Tensor, over: Image.Image, title: str) -> Image.Image:
 
 @torch.no_grad()
 def benchmark(args: argparse.Namespace):
-    """Print what SegFormer, MRCFA by clips and MRCFA streaming cost with random weights, as a
-    Markdown table. Times are medians of several rounds in which they take turns."""
+    """Print what SegFormer, MRCFA by clips and MRCFA streaming cost, as a Markdown table. Times
+    are medians of several rounds in which they take turns."""
     num_classes = args.num_classes or 124
     print(f"{args.size[0]}x{args.size[1]}, {num_classes} classes, {args.amp}, {args.device}\n")
     print("| | M params | GFLOPs | ms | FPS | / SegFormer |")
@@ -615,8 +619,9 @@ def benchmark(args: argparse.Namespace):
     for variant in args.variants:
         model = MRCFA(variant, num_classes).eval().to(args.device)
         clip = torch.randn(1, len(model.offsets) + 1, 3, *args.size, device=args.device)
+        del model.auxiliary_classifiers         # only training needs these
         stream = model.stream()
-        for _ in range(max(model.offsets) + 1):             # fill the history
+        for _ in range(max(model.offsets) + 1):     # fill the history
             stream(clip[0, -1])
         works = {"SegFormer": lambda: model.segformer(clip[:, -1])[0],
                  "MRCFA by clips": lambda: model(clip)[0],
@@ -629,15 +634,13 @@ def benchmark(args: argparse.Namespace):
 
         for name, work in works.items():
             parts = model.segformer if name == "SegFormer" else model
-            params = sum(p.numel() for p in parts.parameters())
-            if parts is model:                              # inference leaves these out
-                params -= sum(p.numel() for p in model.auxiliary_classifiers.parameters())
+            params = sum(p.numel() for p in parts.parameters()) / 1e6
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 work()
-            seconds = float(np.median(times[name]))
-            ratio = seconds / float(np.median(times["SegFormer"]))
             gflops = counter.get_total_flops() / 1e9
-            print(f"| {variant} {name} | {params / 1e6:.2f} | {gflops:.1f} | {1e3 * seconds:.0f} "
+            seconds = np.median(times[name])
+            ratio = seconds / np.median(times["SegFormer"])
+            print(f"| {variant} {name} | {params:.2f} | {gflops:.1f} | {1e3 * seconds:.0f} "
                   f"| {1 / seconds:.2f} | {ratio:.2f} |", flush=True)
 
 

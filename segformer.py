@@ -225,7 +225,7 @@ class SegFormerHead(nn.Module):
         fuse_weights = self.fuse.weight.flatten(1).chunk(4, dim=1)[::-1]   # F_1's first
         maps = []
         for feature, linear, fuse in zip(features, self.linears, fuse_weights, strict=True):
-            weight = fuse @ linear.weight               # (256, C_l), both layers in one
+            weight = fuse @ linear.weight           # (256, C_l), both layers in one
             bias = fuse @ linear.bias
             maps.append(F.conv2d(feature, weight[:, :, None, None], bias))
         fused = maps[0]
@@ -353,15 +353,14 @@ def read_checkpoint(path) -> dict:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a .safetensors file: the length of a header, the header in JSON, the data."""
     content = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")       # of the data
+    start = 8 + int.from_bytes(content[:8], "little")   # of the data
     header = json.loads(content[8:start])
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         first, end = entry["data_offsets"]
-        stored = torch.frombuffer(content, dtype=torch.uint8, count=end - first,
-                                  offset=start + first)
-        values = stored.clone().view(SAFETENSORS_TYPES[entry["dtype"]])
+        stored = content[start + first:start + end]     # a copy
+        values = torch.frombuffer(stored, dtype=SAFETENSORS_TYPES[entry["dtype"]])
         tensors[name] = values.reshape(entry["shape"])
     return tensors
 
@@ -393,12 +392,12 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         key = re.sub(r"^(backbone|segformer\.encoder|segformer|encoder|decode_head)\.", "", key)
         nvlabs = re.match(r"(patch_embed|block|norm|linear_c)([1-4])\.", key)
-        if nvlabs:                                      # counts stages from 1
+        if nvlabs:      # counts stages from 1
             key = f"{nvlabs[1]}.{int(nvlabs[2]) - 1}.{key[nvlabs.end():]}"
         for pattern, ours in RENAMES:
             key = re.sub(pattern, ours, key)
         if re.search(r"\.mlp\.fc\d\.weight$", key):
-            value = value.flatten(1)                    # mmsegmentation has 1x1 convolutions
+            value = value.flatten(1)    # mmsegmentation has 1x1 convolutions
         renamed[key] = value
     return join_keys_and_values(renamed)
 
@@ -451,7 +450,7 @@ RENAMES = [
     (r"layer_norm_(\d)", r"norm\1"),
     (r"attention\.self\.layer_norm", r"attn.norm"),
     (r"attention\.self\.sr", r"attn.reduce"),
-    (r"attention\.self\.(q)uery|attention\.self\.(k)ey|attention\.self\.(v)alue", r"attn.\1\2\3"),
+    (r"attention\.self\.([qkv])(uery|ey|alue)", r"attn.\1"),
     (r"attention\.output\.dense", r"attn.proj"),
     (r"mlp\.dense", r"mlp.fc"),
     (r"^batch_norm", r"head.norm"),

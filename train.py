@@ -76,8 +76,7 @@ RECIPES = {
     },
 }
 SYNTHETIC = Path("data/synthetic")
-BETAS = (0.9, 0.999)            # AdamW's betas
-WEIGHT_DECAY = 0.01             # AdamW's weight decay; 0 for the encoder's LayerNorms
+WEIGHT_DECAY = 0.01             # of AdamW; 0 for the encoder's LayerNorms
 WARMUP_START = 1e-6             # share of the learning rate at the start of the warm-up
 MOST_LEFT_OUT = 10              # iterations in a row without a finite gradient that end a run
 NOT_SAVED = ("out", "resume", "device")     # arguments that a checkpoint's `config` leaves out
@@ -143,8 +142,8 @@ class Run:
         self.clips = clips
         self.processes = world_size()
         self.share = args.batch_size // (self.processes * args.accumulate)  # clips at a time
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=BETAS,
-                                           fused=args.device.type == "cuda")
+        groups = parameter_groups(model, args)
+        self.optimizer = torch.optim.AdamW(groups, fused=args.device.type == "cuda")
         self.iteration = 0
         self.best = -1.0                    # mIoU
         self.left_out = 0                   # iterations in a row without a finite gradient
