@@ -277,7 +277,7 @@ def read_frames(paths: Iterable[Path]) -> Iterator[Image.Image]:
 
 
 def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool]:
-    """Read a mask of the given (width, height): the values of a grey PNG, the indices of a palette.
+    """Read a mask of the given (width, height): a grey PNG's values, or a palette PNG's indices.
 
     Editors and optimisers renumber a palette. So a mask in the colours of `coloured` is read by
     these. Returns the values, and whether they were read by colours: then they count from 0.
@@ -524,8 +524,8 @@ def cut(image: Image.Image, size: tuple[int, int], box: tuple[float, ...], flip:
 
 
 def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Change brightness, contrast, saturation and hue, each with p = 0.5. Contrast is second or
-    last, by a coin."""
+    """Change brightness, contrast, saturation and hue, each with p = 0.5. Contrast comes second
+    or, as a coin decides, last."""
     levels = np.arange(256.0)
     brightness = rng.uniform(-BRIGHTNESS, BRIGHTNESS) if rng.random() < 0.5 else 0
     contrast = rng.uniform(*CONTRAST) if rng.random() < 0.5 else 1
@@ -838,7 +838,7 @@ patient_group = None  # for exchanges that wait until others have evaluated
 
 
 def gather(value) -> list:
-    """The values of all processes, in the order of their ranks. Waits up to hours for them."""
+    """The values of all processes, in the order of their ranks. Waits for hours if need be."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()

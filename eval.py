@@ -74,7 +74,7 @@ class SegmentationMetrics:
         values = torch.as_tensor(values).cpu()
         if values.ndim != 3 or values.is_floating_point():
             found = f"{values.dtype} {tuple(values.shape)}"
-            raise InputError(f"{name}: {found}, but must be integers (frames, H, W)")
+            raise InputError(f"{name} must be integers (frames, H, W), not {found}")
         if values.dtype != torch.uint8:
             values = values.long()
         wrong = (values < 0) | (values >= self.num_classes)
@@ -106,7 +106,7 @@ class SegmentationMetrics:
         return iou.where(labelled > 0, math.nan)
 
     def compute(self) -> dict[str, float]:
-        """mIoU, weighted_IoU, mVC8, mVC16, pixel_accuracy: 0 ... 1, or NaN without labels."""
+        """mIoU, weighted_IoU, mVC8, mVC16, pixel_accuracy: 0 ... 1, NaN if nothing was measured."""
         iou = self.class_iou()
         share = self.confusion.double() / self.confusion.sum()  # NaN without labels
         values = {"mIoU": iou.nanmean().item(),
@@ -196,7 +196,8 @@ def saved_masks(video: Video, folder: Path, num_classes: int) -> Masks:
         mask_path = folder / video.name / f"{path.stem}.png"
         mask = np.array(read_index_map(mask_path, image.size)[0])
         if mask.max() >= num_classes:
-            raise InputError(f"{mask_path}: class {mask.max()}, but there are only {num_classes}")
+            raise InputError(f"{mask_path}: class {mask.max()}, but there are only "
+                             f"0 ... {num_classes - 1}")
         yield mask
 
 
@@ -315,7 +316,7 @@ def parse_args() -> argparse.Namespace:
     add("--pictures", type=Path, metavar="DIR",
         help=f"new folder for animations of the first {PICTURED_VIDEOS} videos")
     add("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
-        help="draw into --pictures what a pixel reads from its references; frames from 0")
+        help="draw into --pictures what a pixel reads from its references; frames count from 0")
     add("--json", type=Path, metavar="FILE", help="new file for the metrics")
     add("--per-class", action="store_true", help="also print the IoU of each class")
     add("--single-frames", action="store_true",
@@ -346,7 +347,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser):
-    """The arguments of both train.py and eval.py, which by default takes those of training."""
+    """The arguments of both train.py and eval.py. By default eval.py takes those of training."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
     add = parser.add_argument_group("both scripts (in eval.py: as in training)").add_argument

@@ -1060,8 +1060,8 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, run, capsys):
     for wrong, message in (
             ([training, *train], "exists already"),
             ([*score, result, "--predictions", masks], "exists already"),
-            ([*score, masks, "--predictions", masks, "--save", masks], "exists already"),
-            ([*score, tmp_path / "third.json", "--predictions", labels], "class 3, but there are")):
+            ([*score, tmp_path / "3.json", "--predictions", masks, "--save", masks], "already"),
+            ([*score, tmp_path / "3.json", "--predictions", labels], "3, but there are only 0")):
         assert run(*wrong) == 2
         assert message in capsys.readouterr().err
 
@@ -1335,7 +1335,7 @@ def test_a_frozen_segformer_stays_as_it_was(videos, tmp_path, run, capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split()[0] for line in lines if line.count(".") == 5]
     assert rows == ["mrcfa_b0", "single_frames"]
-    model = tiny(3)             # with the same seed, as the run began
+    model = tiny(3)             # as the run began, with the same seed
     start = model.aggregation.g2.convs[0].weight.clone()
     model.load_state_dict(saved(tmp_path / "frozen")["model"])
     assert_equal(model.segformer.state_dict(), saved(tmp_path / "first")["model"])
@@ -1468,8 +1468,8 @@ def start(script: str, args: list, told: Path | None, group: dict, accident: str
     accidents = {
         "infinite loss": (training, "loss_of", lambda: math.inf),
         "signal": (training, "loss_of", lambda: stop_all(2 if group else 1)),   # torchrun repeats
-        "spoilt clip": (training, "loss_of", lambda: fail(InputError("frame 7 is spoilt"))),
-        "spoilt frame": (data, "read_frame", lambda: fail(InputError("frame 7 is spoilt"))),
+        "spoilt clip": (training, "loss_of", lambda: fail(InputError("a frame is spoilt"))),
+        "spoilt frame": (data, "read_frame", lambda: fail(InputError("a frame is spoilt"))),
         "out of memory": (training, "loss_of", lambda: fail(MemoryError())),
         "killed": (training, "loss_of", die),
         "killed in writing": (Path, "replace", die),    # a checkpoint, before it gets its name
@@ -1581,7 +1581,7 @@ def test_only_exchanges_that_wait_for_an_evaluation_may_take_hours(monkeypatch):
 
 
 @pytest.mark.parametrize("accident, codes, message", [
-    ("spoilt clip", {2}, "train.py: frame 7 is spoilt"),
+    ("spoilt clip", {2}, "train.py: a frame is spoilt"),
     ("out of memory", {2}, "train.py: out of memory"),
     ("killed", {-signal.SIGKILL, 2}, "lost contact with another process"),
 ])
@@ -1625,7 +1625,7 @@ def test_two_processes_evaluate_as_one_does(videos, tmp_path, run, capfd):
     assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
     # If one fails, none is left waiting.
     assert processes(2, "eval.py", *released, accident="spoilt frame", moment=9) == [2, 2]
-    assert "eval.py: frame 7 is spoilt" in capfd.readouterr().err
+    assert "eval.py: a frame is spoilt" in capfd.readouterr().err
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(videos, tmp_path, run, monkeypatch,
@@ -1720,7 +1720,6 @@ def in_file(name: str, content: str):
     (lambda videos: os.remove(videos / "data/v/mask/00003.png"), "00003.png: no such mask"),
     (in_mask(Image.new("L", (90, 64))), "a mask has its frame's size, here (96, 64)"),
     (in_mask(Image.new("L", (96, 64), 7)), "00003.png: label 7, but there are 3 classes"),
-    (lambda videos: os.remove(videos / "val.txt"), "val.txt"),
     (in_file("val.txt", "v\nnowhere\n"), "nowhere"),
     (lambda videos: only_values(videos, []), "and 17 more: no mask of the val split has"),
     (lambda videos: os.remove(videos / "data/v/origin/00004.jpg"),
@@ -1749,6 +1748,7 @@ def test_bad_data_is_one_line_that_names_it(spoil, message, videos, tmp_path, ru
     (training, "--data {videos} --crop 60 64", "multiples of 32"),
     (training, "--keep-ratio 1.5", "argument --keep-ratio: 1.5 must lie in 0.01 ... 1"),
     (training, "--lr nan", "argument --lr: nan must lie in 0 ... "),
+    (training, "--crop 64.5 64", "argument --crop: invalid number value: '64.5'"),
     (training, "--scale-range 0.001 1", "argument --scale-range: 0.001 must lie in 0.1 ... "),
     (training, "--batch-size 5 --accumulate 2", "multiple of 1 processes x --accumulate 2"),
     (training, "--data {videos} --dilation 3 2 1 --pretrained none.pth", "none.pth"),
@@ -1952,7 +1952,7 @@ def test_training_takes_a_few_labelled_frames(videos, tmp_path, run, capsys):
 def test_sparse_clips_end_at_labelled_frames(videos):
     keep_masks(videos, {"a": [1, 5], "b": [4]})
     mask = videos / "data/a/mask/00001.png"
-    mask.rename(mask.with_suffix(".PNG"))       # as some cameras and tools write it
+    mask.rename(mask.with_suffix(".PNG"))       # as some tools write it
     clips = ClipDataset(read_split(videos, "train", sparse=True), 3, (3, 2, 1), (32, 32), (96, 64))
     assert clips.too_short == 1
     seen = set()
