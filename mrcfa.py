@@ -39,12 +39,12 @@ from segformer import (EMBED_DIM, InputError, SegFormer, at_least_float32, load_
                        load_strictly, make_classifier, read_checkpoint, read_state_dict, rename,
                        segmentation_loss)
 
-OFFSETS = (9, 6, 3)             # distances of the T-1 references from the target, oldest first
-REFERENCE_STRIDE = 32           # r: 32 for VSPW, 16 for Cityscapes
-IMPORTANCE_TOP = 5              # largest affinities that make up a token's importance
-KEEP_RATIO = 0.5                # p, the share of a reference's tokens that STM keeps
-KEEP_RATIO_B0 = 0.8             # p of b0
-FRAME_LOSS_WEIGHT = 0.5         # weight of the per-frame loss; the clip loss has 1
+OFFSETS = (9, 6, 3)      # distances of the T-1 references from the target, oldest first
+REFERENCE_STRIDE = 32    # r: 32 for VSPW, 16 for Cityscapes
+IMPORTANCE_TOP = 5       # largest affinities that make up a token's importance
+KEEP_RATIO = 0.5         # p, the share of a reference's tokens that STM keeps
+KEEP_RATIO_B0 = 0.8      # p of b0
+FRAME_LOSS_WEIGHT = 0.5  # weight of the per-frame loss; the clip loss has 1
 
 # The layers of SAR's and MAA's stacks (see TokenwiseConvs), as in the released code: (channels in,
 # channels out, kernel). Only b1 has two layers, and two channels per token in between.
@@ -89,7 +89,7 @@ def as_maps(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def without_autocast(x: Tensor):
     """A context in which x keeps its own precision, even inside an autocast region."""
-    if not torch.amp.is_autocast_available(x.device.type):      # as on the meta device
+    if not torch.amp.is_autocast_available(x.device.type):  # as on the meta device
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
@@ -323,7 +323,7 @@ class MRCFA(nn.Module):
             A4_all = Q4 @ reference.key4.mT                             # (b, n_4, n_4 of the ref.)
             if self.aggregation.aggregate:  # as in the released code, first the sum, then resizing
                 importance = self.to_reference_stride(token_importance(A4_all), size4)
-            else:                           # nothing trains A^4 then; A^2 takes its place
+            else:  # nothing trains A^4 then; A^2 takes its place
                 importance = token_importance(Q2 @ reference.key2.mT)   # (b, 1, N)
             kept = selective_token_masking(importance, self.keep_ratio)         # (b, m)
 
@@ -357,7 +357,7 @@ class MRCFA(nn.Module):
 
     def classify(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Apply a classifier to x (b, 256, h_2, w_2) and upsample to stride 4: (b, K, h_1, w_1)."""
-        logits = layer(x).contiguous()      # CPUs upsample many classes slowly in channels-last
+        logits = layer(x).contiguous()  # CPUs upsample many classes slowly in channels-last
         return F.interpolate(logits, scale_factor=2, mode="bilinear")
 
     def stream(self) -> "Stream":
@@ -393,7 +393,7 @@ class Stream:
     def __init__(self, model: MRCFA):
         self.model = model
         self.t = 0
-        self.history = deque(maxlen=max(model.offsets))     # a Reference per frame, up to frame t-1
+        self.history = deque(maxlen=max(model.offsets))  # a Reference per frame, up to frame t-1
 
     @torch.no_grad()
     def __call__(self, frame: Tensor) -> Tensor:
@@ -405,7 +405,7 @@ class Stream:
         queries = model.queries(features)
         outputs = []
         for i in reference_indices(self.t, model.offsets):
-            reference = self.history[i - self.t]            # negative: -1 is frame t-1
+            reference = self.history[i - self.t]  # negative: -1 is frame t-1
             outputs.append(model.reconstruct(queries, reference).O_i)
         if outputs:
             O = model.merge(outputs, F_hat)
@@ -462,7 +462,7 @@ def load_weights(model: nn.Module, path, classes: Sequence[str] | None = None) -
     Raises ValueError, with the path, if anything else is wrong.
     """
     content = read_checkpoint(path)
-    config = content.get("config")                      # of train.py, or anything of others
+    config = content.get("config")  # of train.py, or anything of others
     theirs = config.get("classes") if isinstance(config, dict) else None
     try:
         state = read_weights(content)
@@ -470,9 +470,9 @@ def load_weights(model: nn.Module, path, classes: Sequence[str] | None = None) -
             warnings.warn(f"{path} has other classes or another order: {', '.join(theirs)}; "
                           "classifiers start from new weights")
             state = {key: value for key, value in state.items() if "classifier" not in key}
-        if isinstance(model, SegFormer):                # takes the one inside an MRCFA
+        if isinstance(model, SegFormer):  # takes the one inside an MRCFA
             state = {key: state[key] for key in state if key.startswith("segformer.")} or state
-        if "value.weight" not in state:                 # which every MRCFA has
+        if "value.weight" not in state:  # which every MRCFA has
             return load_pretrained(model, state)
         own = model.state_dict()
         for key in [key for key in state if "classifier" in key]:
@@ -496,9 +496,9 @@ def read_weights(source) -> dict[str, Tensor]:
     """The weights in a checkpoint, a path or a dict, under the keys of our MRCFA or SegFormer."""
     state = read_state_dict(source)
     if "value.weight" in state:
-        return state                                    # of an MRCFA of ours
+        return state  # of an MRCFA of ours
     if "decode_head.sr1_feat.weight" not in state:
-        return rename(state)                            # of a SegFormer
+        return rename(state)  # of a SegFormer
     ours, segformer = {}, {}
     for key, value in state.items():
         theirs = name = key.removeprefix("decode_head.")

@@ -33,9 +33,9 @@ MIT_VARIANTS = {
 HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)   # r of each stage's attention
 MLP_RATIO = 4
-STRIDE = 32                 # stride of F_4: image sides must be multiples of it
-EMBED_DIM = 256             # width of the head of b0 and b1, and of every MRCFA
-DROPOUT = 0.1               # rate of the channel dropout before every classifier
+STRIDE = 32      # stride of F_4: image sides must be multiples of it
+EMBED_DIM = 256  # width of the head of b0 and b1, and of every MRCFA
+DROPOUT = 0.1    # rate of the channel dropout before every classifier
 SAFETENSORS_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -121,7 +121,7 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, heads: int, reduction: int, drop_path: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-6)      # the published weights' epsilon
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)  # the published weights' epsilon
         self.attn = EfficientAttention(channels, heads, reduction)
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
         self.mlp = MixFFN(channels)
@@ -293,7 +293,7 @@ def load_pretrained(module: nn.Module, source) -> list[str]:
     if not any(key.startswith("encoder.stages.") for key in state):
         raise InputError("no MiT weights in it, in the naming of NVlabs, Hugging Face or "
                          f"mmsegmentation; it holds {some_keys(state)}")
-    segformer = getattr(module, "segformer", module)    # an MRCFA has one inside
+    segformer = getattr(module, "segformer", module)  # an MRCFA has one inside
     if isinstance(segformer, MixVisionTransformer):
         state = {key: state[key] for key in state if not key.startswith(("head.", "classifier."))}
         load_strictly(nn.ModuleDict({"encoder": segformer}), state)
@@ -323,7 +323,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], may_miss: tuple[s
     own = {key: value for key, value in module.state_dict().items() if key.startswith(may_miss)}
     try:
         module.load_state_dict(own | state)
-    except RuntimeError as error:       # of several lines
+    except RuntimeError as error:  # of several lines
         raise InputError(" ".join(str(error).split())) from None
 
 

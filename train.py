@@ -76,10 +76,10 @@ RECIPES = {
     },
 }
 SYNTHETIC = Path("data/synthetic")
-WEIGHT_DECAY = 0.01             # of AdamW; 0 for the encoder's LayerNorms
-WARMUP_START = 1e-6             # share of the learning rate at the start of the warm-up
-MOST_LEFT_OUT = 10              # iterations in a row without a finite gradient that end a run
-NOT_SAVED = ("out", "resume", "device")     # arguments that a checkpoint's `config` leaves out
+WEIGHT_DECAY = 0.01  # of AdamW; 0 for the encoder's LayerNorms
+WARMUP_START = 1e-6  # share of the learning rate at the start of the warm-up
+MOST_LEFT_OUT = 10   # iterations in a row without a finite gradient that end a run
+NOT_SAVED = ("out", "resume", "device")  # arguments that a checkpoint's `config` leaves out
 # Arguments that a continued run would ignore or misread if they changed.
 FIXED = ("dataset", "first_label", "pretrained", "positive_kernels")
 
@@ -145,9 +145,9 @@ class Run:
         groups = parameter_groups(model, args)
         self.optimizer = torch.optim.AdamW(groups, fused=args.device.type == "cuda")
         self.iteration = 0
-        self.best = -1.0                    # mIoU
-        self.left_out = 0                   # iterations in a row without a finite gradient
-        self.signal = 0                     # the number of a signal to stop, if one came
+        self.best = -1.0   # mIoU
+        self.left_out = 0  # iterations in a row without a finite gradient
+        self.signal = 0    # the number of a signal to stop, if one came
 
     # ------------------------------------------------------------------------- the training loop
 
@@ -158,7 +158,7 @@ class Run:
         batches = iter(DataLoader(self.clips, self.share, sampler=samples,
                                   num_workers=args.workers, worker_init_fn=leave_signals,
                                   pin_memory=args.device.type == "cuda"))
-        losses = []                         # since the log's last line
+        losses = []  # since the log's last line
         self.set_training_mode()
         with progress(total=args.iters, initial=self.iteration, desc=args.model, unit="it",
                       disable=rank() > 0) as bar:
@@ -183,7 +183,7 @@ class Run:
                 if stop or self.iteration % args.save_every == 0:
                     self.save("last.pt")
                 if stop:
-                    gather(None)            # until the first process has saved
+                    gather(None)  # until the first process has saved
                     self.leave("stopped")
 
     def step(self, batches) -> tuple[float, float, bool]:
@@ -219,7 +219,7 @@ class Run:
         whether one of them was told to stop."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         status = torch.stack([loss, torch.full_like(loss, self.signal > 0)])
-        if self.processes > 1:      # in one vector: so it is always summed in the same order
+        if self.processes > 1:  # in one vector: so it is always summed in the same order
             vector = parameters_to_vector([*gradients, status])
             dist.all_reduce(vector)
             vector_to_parameters(vector / self.processes, [*gradients, status])
@@ -263,11 +263,11 @@ class Run:
         """Evaluate; print, log, and keep the checkpoint if it is the best so far. In the end also
         evaluate an MRCFA's single frames: the difference is what the references add."""
         args = self.args
-        if self.processes > 1:      # the first process's BatchNorm statistics are those in last.pt
+        if self.processes > 1:  # the first process's BatchNorm statistics are those in last.pt
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         self.save("last.pt")
-        self.model.eval()           # from here on a signal is answered at once
+        self.model.eval()  # from here on a signal is answered at once
         if self.signal:
             raise KeyboardInterrupt
         segment = partial(segment_video, frame_size=args.frame_size)
@@ -308,7 +308,7 @@ class Run:
             raise InputError(f"{self.args.out / 'last.pt'}: {error}") from None
         groups = checkpoint["optimizer"]["param_groups"]
         for group, own in zip(groups, self.optimizer.param_groups, strict=True):
-            group["base_lr"], group["fused"] = own["base_lr"], own["fused"]     # may have changed
+            group["base_lr"], group["fused"] = own["base_lr"], own["fused"]  # may have changed
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.iteration, self.best = checkpoint["iteration"], checkpoint["best"]
         say(f"continuing at iteration {self.iteration} of {self.args.iters}")
@@ -406,7 +406,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     """The command line, and the checkpoint of a run that is continued. It is parsed twice: to find
     that run or the recipe, and then with their values as defaults."""
     parser = make_parser()
-    parser.set_defaults(**RECIPES["synthetic"])     # for --help
+    parser.set_defaults(**RECIPES["synthetic"])  # for --help
     args = parser.parse_args()
     last = (args.out or Path("runs") / args.model) / "last.pt"
     checkpoint = read_checkpoint(last) if args.resume and last.exists() else None
