@@ -18,8 +18,8 @@ tokens. V comes from F_hat, SegFormer's fused feature map F at stride 8 instead 
                              O = mean of the O_i + F_hat of the target; a classifier reads O
 
 `up` is the paper's Gamma, bilinear upsampling. The paper also has a Gamma around the sum of the
-O_i; the code has none there, because the O_i have stride 8 already. K^4 always has stride 32; for
-r = 16, A^4 is resized along the axis of the reference.
+O_i. The released code averages them, without a Gamma, because they have stride 8 already. K^4
+always has stride 32; for r = 16, A^4 is resized along the axis of the reference.
 
 Letters in shapes: b clips, T frames per clip, K classes. The encoder's F_l has C_l channels and
 n_l = h_l w_l positions. A reference has N tokens, of which STM keeps m.
@@ -72,7 +72,7 @@ def reference_indices(t: int, offsets: Sequence[int] = OFFSETS) -> list[int]:
     count = len(offsets)
     if t < count:
         return []
-    if t <= max(offsets):
+    if t <= max(offsets):       # <= and ceil: as in the released code
         return [math.ceil(t * k / count) for k in range(count)]
     return [t - offset for offset in offsets]
 
@@ -88,7 +88,7 @@ def as_maps(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def without_autocast(x: Tensor):
-    """A context in which x keeps its own precision, even inside an autocast region."""
+    """A context with autocast off on the device of x."""
     if not torch.amp.is_autocast_available(x.device.type):  # as on the meta device
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
@@ -139,7 +139,7 @@ class TokenwiseConvs(nn.Module):
             #     images = F.relu(norm(conv(images)))                      # (b m, c_out, h, w)
             #     maps = images.unflatten(0, (b, m)).flatten(1, 2)         # (b, m c_out, h, w)
             # One convolution with a group per token is the same. It is far faster, because Q K^T
-            # has its tokens last: here they are the channels of a channels-last image.
+            # has its tokens last in memory: they are the channels of a channels-last image.
             m = maps.shape[1] // conv.in_channels
             maps = F.conv2d(maps, conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m),
                             padding=conv.padding, groups=m)
@@ -153,8 +153,8 @@ class AffinityAggregation(nn.Module):
     (b, m, h_2, w_2).
 
     `refine=False` leaves out SAR: G^4, G^3 and G^2 are the identity. `aggregate=False` leaves out
-    MAA: M^2 = G^32(G^2(A^2)). The second channel per token of b1 is made by SAR: without SAR b1 has
-    the layers of the other variants.
+    MAA except for G^32: M^2 = G^32(G^2(A^2)). The second channel per token of b1 is made by SAR:
+    without SAR, G^43 and G^32 of b1 are those of the other variants.
     """
 
     def __init__(self, variant: str, refine: bool = True, aggregate: bool = True):
@@ -321,13 +321,13 @@ class MRCFA(nn.Module):
         with without_autocast(reference.value):
             # Cross-frame affinities A = Q K^T at the coarsest scale. By these STM ranks the tokens.
             A4_all = Q4 @ reference.key4.mT                             # (b, n_4, n_4 of the ref.)
-            if self.aggregation.aggregate:  # as in the released code, first the sum, then resizing
+            if self.aggregation.aggregate:  # the importance is resized, as in the released code
                 importance = self.to_reference_stride(token_importance(A4_all), size4)
-            else:  # nothing trains A^4 then; A^2 takes its place
+            else:                           # nothing trains A^4 then; A^2 takes its place
                 importance = token_importance(Q2 @ reference.key2.mT)   # (b, 1, N)
             kept = selective_token_masking(importance, self.keep_ratio)         # (b, m)
 
-            # The kept columns of A^4; at the finer scales no others are computed.
+            # The columns of these tokens (tokens last in memory). At finer scales only these.
             A4_tokens = self.to_reference_stride(A4_all, size4)         # (b, n_4, N)
             A4 = take_tokens(A4_tokens.mT, kept).mT.contiguous()        # (b, n_4, m)
             A3 = Q3 @ take_tokens(reference.key3, kept).mT              # (b, n_3, m)
