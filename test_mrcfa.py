@@ -1505,18 +1505,18 @@ def processes(count: int, script: str, *args, told: Path | None = None, accident
               moment: int = 0) -> list[int]:
     """The exit codes of processes that run a script together, as on a cluster with one in each pod;
     torchrun would also set LOCAL_RANK. The accident happens in the last one."""
-    context = torch.multiprocessing.get_context("spawn")
-    port, started = free_port(), []
+    context, port, started = torch.multiprocessing.get_context("spawn"), free_port(), []
     for rank in range(count):
         group = {"RANK": f"{rank}", "WORLD_SIZE": f"{count}", "MASTER_PORT": f"{port}",
                  "MASTER_ADDR": "127.0.0.1"} if count > 1 else {}
         happens = accident if rank == count - 1 else ""
         name = told and told.with_name(f"{told.name}{rank}")
-        started.append(context.Process(target=start, args=(script, args, name, group, happens,
-                                                           moment)))
+        arguments = (script, args, name, group, happens, moment)
+        started.append(context.Process(target=start, args=arguments))
         started[-1].start()
     for process in started:
-        process.join()
+        process.join(100)
+        process.kill()      # one that hangs
     return [process.exitcode for process in started]
 
 
