@@ -56,7 +56,7 @@ class SegmentationMetrics:
         self.consistencies = {n: [] for n in WINDOWS}       # a share for each window of n frames
 
     def update(self, labels, predictions):
-        """Add a whole video, integers (frames, H, W); only labels can be 255. Or raise ValueError."""
+        """Add a whole video, integers (frames, H, W); labels can be 255. Or raise ValueError."""
         labels = self.as_bytes(labels, "labels")
         predictions = self.as_bytes(predictions, "predictions")
         if labels.shape != predictions.shape:
