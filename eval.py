@@ -27,7 +27,8 @@ from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE,
                   read_index_map, read_labels, read_split, refuse_to_overwrite, run_script,
                   world_size, write_image)
 from mrcfa import MRCFA, as_maps, load_checkpoint, read_weights, reference_indices
-from segformer import EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_strictly, read_checkpoint
+from segformer import (EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_strictly,
+                       read_checkpoint)
 
 MODELS = [f"{kind}_{variant}" for kind in ("mrcfa", "segformer") for variant in MIT_VARIANTS]
 WINDOWS = (8, 16)      # n of the video consistencies mVC_n, in frames
@@ -125,8 +126,7 @@ class SegmentationMetrics:
 
 
 def run_lengths(frames: Tensor) -> Iterator[Tensor]:
-    """For each frame, how long each pixel has had its value (H, W), in frames, up to the longest
-    window."""
+    """For each frame, how many frames each pixel (H, W) has had its value, up to max(WINDOWS)."""
     run, previous = torch.zeros_like(frames[0]), frames[0]
     for frame in frames:
         run = (run * (frame == previous) + 1).clamp(max=max(WINDOWS))
@@ -167,8 +167,7 @@ def autocast(device: torch.device, amp: str | None) -> torch.autocast:
 
 def segment_video(video: Video, model: nn.Module, frame_size: Sequence[int],
                   amp: str | None = None) -> Masks:
-    """The mask (H, W) uint8 of each frame, at the frame's own size; None for the references in
-    Cityscapes' clips."""
+    """The mask (H, W) uint8 of each frame, at its size; None for references of Cityscapes."""
     device = next(model.parameters()).device
     stream = model.stream() if isinstance(model, MRCFA) else None
     frames = read_frames(video.frames)
@@ -390,11 +389,12 @@ def run(args: argparse.Namespace):
         frames = list_frames(args.frames)
         videos = [Video("", frames, [None] * len(frames))]
     else:
-        trained_with = config.get("first_label", 1)
-        first_label = trained_with if args.first_label is None else args.first_label
-        labels = args.labels or config.get("labels")
-        videos = read_split(args.data, args.split, config.get("offsets", ()), labels == "sparse",
-                            first_label)
+        offsets = config.get("offsets", ())
+        sparse = (args.labels or config.get("labels")) == "sparse"
+        first_label = args.first_label
+        if first_label is None:
+            first_label = config.get("first_label", 1)
+        videos = read_split(args.data, args.split, offsets, sparse, first_label)
         check_labels(videos, classes, args.split)
     results = evaluate(methods, videos, classes, args.save, args.overlay, args.pictures)
     if rank() > 0 or args.frames:
@@ -464,7 +464,7 @@ def draw_legend(image: Image.Image, areas: np.ndarray, classes: Sequence[str], f
 
 def panel(image: Image.Image, title: str) -> Image.Image:
     """An image at the size that all have in a picture, with its title above."""
-    image = ImageOps.contain(image.convert("RGB"), (PANEL, PANEL), Image.Resampling.BILINEAR)
+    image = ImageOps.contain(image.convert("RGB"), (PANEL, PANEL))
     framed = ImageOps.expand(image, (2, 20, 2, 2), "white")
     ImageDraw.Draw(framed).text((4, 4), title, "black", ImageFont.load_default(11))
     return framed
@@ -603,7 +603,8 @@ def heat_panel(values: Tensor, over: Image.Image, title: str) -> Image.Image:
     colours = torch.stack([share, 1 - 2 * (share - 0.5).abs(), 1 - share], dim=-1)
     colours = colours.nan_to_num(0.2)
     image = Image.fromarray((255 * colours).round().byte().numpy())
-    image = Image.blend(over, image.resize(over.size, Image.Resampling.NEAREST), 0.6)
+    image = image.resize(over.size, Image.Resampling.NEAREST)
+    image = Image.blend(over, image, 0.6)
     return panel(image, f"{title}   {low:.3g} ... {high:.3g}")
 
 
@@ -629,7 +630,7 @@ def benchmark(args: argparse.Namespace):
                  "MRCFA streaming": lambda: stream(clip[0, -1])}
         times = {name: [] for name in works}
         for name, work in list(works.items()) * ROUNDS:
-            timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+            timer = Timer("work()", globals=locals(), num_threads=torch.get_num_threads())
             with autocast(args.device, args.amp):
                 times[name].append(timer.timeit(1).mean)
 
