@@ -45,7 +45,7 @@ from segformer import STRIDE, InputError, read_state_dict
 
 IGNORE = 255       # the label of ignored pixels
 WRONG = 254        # marks wrong pixels in pictures; not a class
-MAX_CLASSES = 254  # label maps of 8 bits also hold 0 and 255, which are ignored
+MAX_CLASSES = 254  # values of 8 bits, without 0 and 255: ignored
 MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]  # ImageNet's RGB, 0 ... 255
 STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 FRAME_SIZE = (853, 480)  # VSPW's long and short side: frames are scaled to fit
@@ -54,11 +54,11 @@ FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CROP_TRIES = 10          # random crops to try until one passes MAX_CLASS_SHARE
 MAX_CLASS_SHARE = 0.75   # largest share of a crop's labelled pixels for one class
-BRIGHTNESS = 32          # photometric distortion: largest shift, in grey levels of 255
-CONTRAST = (0.5, 1.5)    # photometric distortion: range of the factor
-SATURATION = (0.5, 1.5)  # photometric distortion: range of the factor
-HUE = 18 / 180           # photometric distortion: largest shift on the colour circle
-CHECKED_MASKS = 200      # masks per split that are checked before a run begins
+BRIGHTNESS = 32          # colour distortion: largest shift, in grey levels of 255
+CONTRAST = (0.5, 1.5)    # colour distortion: range of the factor
+SATURATION = (0.5, 1.5)  # colour distortion: range of the factor
+HUE = 18 / 180           # colour distortion: largest shift on the colour circle
+CHECKED_MASKS = 200      # masks per split that are checked before a run
 FREQUENT = 0.05          # label 0 looks like a class if it has this share of the pixels
 SPARSE_SHARE = 0.25      # decode single pixels up to this share of them, else the image
 LONGEST_WAIT = datetime.timedelta(hours=3)  # for a process that evaluates or downloads
@@ -94,7 +94,7 @@ class Video:
     name: str
     frames: Sequence[Path]
     masks: Sequence[Path | None]
-    offsets: tuple[int, ...] = ()  # of a ready-made Cityscapes clip; empty for ordinary videos
+    offsets: tuple[int, ...] = ()  # of a clip of Cityscapes; empty for other videos
     first_label: int = 1           # the value of class 0 in the label maps
 
 
@@ -187,7 +187,7 @@ def read_cityscapes(root: Path, split: str, offsets: Sequence[int], training: bo
     labels: dict[str, Path] = {}
     folder = root / "gtFine" / split
     for path in sorted(folder.glob("*/*_gtFine_label*Ids.png"), key=number_order):
-        labels[path.name.partition("_gtFine")[0]] = path  # labelTrainIds is taken if there is one
+        labels[path.name.partition("_gtFine")[0]] = path  # labelTrainIds win
     if not labels:
         raise InputError(f"{folder}: no <city>/*_gtFine_labelIds.png there")
     sequences = root / "leftImg8bit_sequence" / split
@@ -289,7 +289,7 @@ def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool
         raise InputError(f"{path}: is not a PNG inside; other formats change a mask's values")
     if image.mode not in ("1", "L", "P") or image.size != size:
         raise InputError(f"{path}: {image.size} in mode {image.mode}; a mask has its frame's size, "
-                         f"here {size}, and is a grey or palette PNG of 8 bits (mode L or P)")
+                         f"here {size}, and is a grey or palette PNG of 8 bits")
     if image.mode == "P":
         colours = np.zeros((256, 3), dtype=np.uint8)
         palette = np.array(image.getpalette()).reshape(-1, 3)
@@ -552,7 +552,7 @@ def table_of(values: np.ndarray) -> list[int]:
 # --------------------------------------------------------------------------- synthetic videos
 
 SYNTHETIC_CLASSES = ["background", "columns", "rows", "diagonals", "checks"]
-SYNTHETIC_SIZE = (128, 96)  # width, height: 8 x 6 reference tokens of stride 16
+SYNTHETIC_SIZE = (128, 96)  # width, height
 SYNTHETIC_VIDEOS = {"train": 200, "val": 24}
 SYNTHETIC_FRAMES = 20  # a video
 OBJECTS = 3            # a video
@@ -719,7 +719,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr, with exit code 2."""
+    """argparse that shows defaults, and whose errors are one line on stderr, with exit code 2."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=HelpFormatter)
 
     def error(self, message: str):
         """End the script with the message."""
@@ -738,6 +741,26 @@ def between(low: float, high: float = 1e9, kind: type = int) -> Callable[[str], 
     return number
 
 
+def add_shared_arguments(parser: argparse.ArgumentParser):
+    """The arguments of both train.py and eval.py. By default eval.py takes those of training."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    add = parser.add_argument_group("both scripts (in eval.py: as in training)").add_argument
+    add("--data", type=Path, metavar="DIR", help="data folder; train.py can make one")
+    add("--labels", choices=("dense", "sparse"), help="sparse: allow frames without masks")
+    add("--first-label", type=int, choices=(0, 1),
+        help="value of the first class in label maps; with 1, 0 is ignored")
+    add("--dilation", dest="offsets", type=between(1), nargs="+", metavar="N",
+        help="distances of the references, in frames, oldest first")
+    add("--keep-ratio", type=between(0.01, 1, float),
+        help="share of the tokens that STM keeps (by default the paper's); 1 for all")
+    add("--frame-size", type=between(1), nargs=2, metavar=("LONG", "SHORT"),
+        help="scale frames to fit this")
+    add("--device", choices=devices, default=devices[0], help="where the network runs")
+    add("--amp", choices=["bf16", "none"], default="none",
+        help="mixed precision: bf16 is faster and a little less exact")
+
+
 def refuse_to_overwrite(path: Path, instead: str = "give another name"):
     """Raise InputError if there is such a file, or such a folder with more in it than half-written
     files, *.tmp."""
@@ -750,7 +773,7 @@ def run_script(main: Callable[[], None]):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, for instance by a service
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # what it can't show otherwise
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # if it can't show all
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     code = 0

@@ -2,8 +2,8 @@
 
     python eval.py --checkpoint runs/mrcfa_b0/best.pt --data DIR --save masks/
     python eval.py --checkpoint mrcfa_b1.pth --model mrcfa_b1 --num-classes 124 --data VSPW
-    python eval.py --predictions masks/ --data DIR      # masks of any method
-    torchrun --nproc_per_node 4 eval.py ...             # videos shared out
+    python eval.py --predictions masks/ --data DIR  # masks of any method
+    torchrun --nproc_per_node 4 eval.py ...         # videos shared out
 """
 import argparse
 import json
@@ -21,11 +21,11 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, PALETTE,
-                  VSPW_CLASSES, WRONG, ArgumentParser, HelpFormatter, Video, between, check_labels,
-                  check_same_classes, coloured, decode_mask, gather, join_processes, list_frames,
-                  network_input, progress, rank, read_classes, read_frame, read_frames,
-                  read_index_map, read_labels, read_split, refuse_to_overwrite, run_script,
-                  world_size, write_image)
+                  VSPW_CLASSES, WRONG, ArgumentParser, Video, add_shared_arguments, between,
+                  check_labels, check_same_classes, coloured, decode_mask, gather,
+                  join_processes, list_frames, network_input, progress, rank, read_classes,
+                  read_frame, read_frames, read_index_map, read_labels, read_split,
+                  refuse_to_overwrite, run_script, world_size, write_image)
 from mrcfa import MRCFA, as_maps, load_checkpoint, read_weights, reference_indices
 from segformer import (EMBED_DIM, MIT_VARIANTS, InputError, SegFormer, load_strictly,
                        read_checkpoint)
@@ -38,7 +38,7 @@ PANEL = 200            # long side of a picture's panels, in pixels
 LEGEND = 204           # width of a legend's column, for letters of 10 pixels
 ROUNDS = 5             # times that the benchmark measures each model
 
-Masks = Iterator[np.ndarray | None]     # for each frame of a video (H, W) uint8, or None
+Masks = Iterator[np.ndarray | None]  # (H, W) uint8, or None, for each frame
 Segment = Callable[[Video], Masks]
 
 
@@ -54,7 +54,7 @@ class SegmentationMetrics:
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # [label, mask]
-        self.consistencies = {n: [] for n in WINDOWS}       # a share for each window of n frames
+        self.consistencies = {n: [] for n in WINDOWS}  # a share for each window
 
     def update(self, labels, predictions):
         """Add a whole video, integers (frames, H, W); labels can be 255. Or raise ValueError."""
@@ -67,7 +67,7 @@ class SegmentationMetrics:
             pairs = 256 * label.int() + prediction
             counts = torch.bincount(pairs.flatten(), minlength=256 ** 2).view(256, 256)
             self.confusion += counts[:self.num_classes, :self.num_classes]
-        if len(labels) > max(WINDOWS):      # as in the protocol
+        if len(labels) > max(WINDOWS):  # as in the protocol
             self.add_consistencies(labels, predictions)
 
     def as_bytes(self, values, name: str) -> Tensor:
@@ -92,7 +92,7 @@ class SegmentationMetrics:
         label_runs = run_lengths(labels[:-1])
         prediction_runs = run_lengths(predictions[:-1])
         for label_run, prediction_run in zip(label_runs, prediction_runs, strict=True):
-            for n in WINDOWS:           # the n frames up to this one
+            for n in WINDOWS:  # the n frames up to this one
                 constant = label_run >= n
                 consistent = constant & (prediction_run >= n)
                 pixels = constant.sum().item()
@@ -216,7 +216,7 @@ def evaluate(methods: dict[str, Segment], videos: Sequence[Video], classes: Sequ
     with progress(total=frames, desc="evaluate", unit="frame", disable=rank() > 0) as bar:
         for i in mine:
             video = videos[i]
-            masks = {name: [] for name in methods}          # of the labelled frames
+            masks = {name: [] for name in methods}  # of the labelled frames
             for name, segment in methods.items():
                 folder = Path(name if len(methods) > 1 else "", video.name)
                 for frame, mask_path, mask in zip(video.frames, video.masks, segment(video)):
@@ -239,7 +239,7 @@ def evaluate(methods: dict[str, Segment], videos: Sequence[Video], classes: Sequ
             for name, metrics in results.items():
                 if labels and None not in video.masks:
                     metrics.update(np.stack(labels), np.stack(masks[name]))
-                else:                           # no mVC where labels are missing
+                else:  # no mVC where labels are missing
                     for label, mask in zip(labels, masks[name], strict=True):
                         metrics.update(label[None], mask[None])
             if pictures and labels and i < PICTURED_VIDEOS:
@@ -296,9 +296,8 @@ def load_released(path: Path, name: str, num_classes: int) -> tuple[nn.Module, d
 
 def parse_args() -> argparse.Namespace:
     """The command line of an evaluation."""
-    parser = ArgumentParser(description="Evaluate a checkpoint or masks, segment a folder of "
-                                        "frames, or measure the speed.",
-                            formatter_class=HelpFormatter)
+    parser = ArgumentParser("Evaluate a checkpoint or masks, segment a folder of frames, or "
+                            "measure the speed.")
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="train.py's or the authors' checkpoint")
     add("--predictions", type=Path, metavar="DIR",
@@ -315,7 +314,8 @@ def parse_args() -> argparse.Namespace:
     add("--pictures", type=Path, metavar="DIR",
         help=f"new folder for animations of the first {PICTURED_VIDEOS} videos")
     add("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
-        help="draw into --pictures what a pixel reads from its references; frames count from 0")
+        help="draw into --pictures what a pixel reads from its references; "
+             "frames count from 0")
     add("--json", type=Path, metavar="FILE", help="new file for the metrics")
     add("--per-class", action="store_true", help="also print the IoU of each class")
     add("--single-frames", action="store_true",
@@ -345,26 +345,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser):
-    """The arguments of both train.py and eval.py. By default eval.py takes those of training."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
-    add = parser.add_argument_group("both scripts (in eval.py: as in training)").add_argument
-    add("--data", type=Path, metavar="DIR", help="data folder; train.py can make one")
-    add("--labels", choices=("dense", "sparse"), help="sparse: allow frames without masks")
-    add("--first-label", type=int, choices=(0, 1),
-        help="value of the first class in label maps; with 1, 0 is ignored")
-    add("--dilation", dest="offsets", type=between(1), nargs="+", metavar="N",
-        help="distances of the references, in frames, oldest first")
-    add("--keep-ratio", type=between(0.01, 1, float),
-        help="share of the tokens that STM keeps (by default the paper's); 1 for all")
-    add("--frame-size", type=between(1), nargs=2, metavar=("LONG", "SHORT"),
-        help="scale frames to fit this")
-    add("--device", choices=devices, default=devices[0], help="where the network runs")
-    add("--amp", choices=["bf16", "none"], default="none",
-        help="mixed precision: bf16 is faster and a little less exact")
-
-
 def main():
     """Do what the command line asks, as one of several processes under torchrun."""
     args = parse_args()
@@ -382,7 +362,7 @@ def run(args: argparse.Namespace):
     for path in (args.save, args.json, args.overlay, args.pictures):
         if path:
             refuse_to_overwrite(path)
-    gather(None)  # until all have seen that there is nothing yet
+    gather(None)  # until all have seen this
     methods, config = prepare_methods(args)
     classes = config["classes"]
     if args.frames:
@@ -554,7 +534,7 @@ def explain(model: MRCFA, frames: Sequence[Path], frame_size: Sequence[int],
         kept, steps = reconstruction_steps(model, queries, reference)
         heats = []
         for name, maps in steps.items():
-            read = torch.full((h * w,), math.nan)       # NaN for tokens that STM drops
+            read = torch.full((h * w,), math.nan)  # NaN for tokens that STM drops
             read[kept] = maps[:, int(y * maps.shape[1]), int(x * maps.shape[2])]
             heats.append(heat_panel(read.view(h, w), image, name))
         dropped = Image.fromarray(read.view(h, w).isnan().numpy()).resize(image.size)
@@ -621,9 +601,9 @@ def benchmark(args: argparse.Namespace):
     for variant in args.variants:
         model = MRCFA(variant, num_classes).eval().to(args.device)
         clip = torch.randn(1, len(model.offsets) + 1, 3, *args.size, device=args.device)
-        del model.auxiliary_classifiers         # only training needs these
+        del model.auxiliary_classifiers  # only training needs these
         stream = model.stream()
-        for _ in range(max(model.offsets) + 1):     # fill the history
+        for _ in range(max(model.offsets) + 1):  # fill the history
             stream(clip[0, -1])
         works = {"SegFormer": lambda: model.segformer(clip[:, -1])[0],
                  "MRCFA by clips": lambda: model(clip)[0],

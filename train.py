@@ -30,12 +30,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (CITYSCAPES_FRAME_SIZE, FRAME_SIZE, SYNTHETIC_SIZE, VSPW_CLASSES, ArgumentParser,
-                  ClipDataset, HelpFormatter, Video, between, check_labels, check_same_classes,
-                  download_pretrained, gather, is_cityscapes, join_processes, progress, rank,
-                  read_classes, read_split, refuse_to_overwrite, run_script, say, world_size,
-                  write_synthetic, write_whole)
-from eval import (MODELS, add_shared_arguments, autocast, evaluate, metrics_table, segment_video,
-                  without_nan)
+                  ClipDataset, Video, add_shared_arguments, between, check_labels,
+                  check_same_classes, download_pretrained, gather, is_cityscapes, join_processes,
+                  progress, rank, read_classes, read_split, refuse_to_overwrite, run_script, say,
+                  world_size, write_synthetic, write_whole)
+from eval import MODELS, autocast, evaluate, metrics_table, segment_video, without_nan
 from mrcfa import MRCFA, OFFSETS, build_model, load_weights, model_arguments, mrcfa_loss
 from segformer import STRIDE, InputError, load_strictly, read_checkpoint, segmentation_loss
 
@@ -344,10 +343,8 @@ class Run:
 
 def make_parser() -> ArgumentParser:
     """The flags. What has no default here gets that of the data set's recipe."""
-    parser = ArgumentParser(
-        description="Train MRCFA or SegFormer on labelled videos. Defaults are those of the "
-                    "synthetic videos; RECIPES in train.py has those of other data sets.",
-        formatter_class=HelpFormatter)
+    parser = ArgumentParser("Train MRCFA or SegFormer on labelled videos. Defaults are those of "
+                            "the synthetic videos; RECIPES in train.py has the others.")
     add = parser.add_argument_group("the run").add_argument
     add("--model", choices=MODELS, default="mrcfa_b0", metavar="NAME",
         help="mrcfa_b0 ... b5, segformer_b0 ... b5")
