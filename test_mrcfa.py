@@ -1132,6 +1132,7 @@ def assert_same_run(first: Path, second: Path):
 
 
 def test_a_resumed_training_takes_new_flags(videos, tmp_path, run, monkeypatch):
+    (videos / "val.txt").write_text("short")
     seeds, real = [], training.loss_of
 
     def loss_of(*args):
@@ -1169,6 +1170,7 @@ def test_learning_rate_warms_up_and_falls(monkeypatch):
 
 
 def test_the_same_command_begins_and_continues_a_run(videos, tmp_path, run, capsys):
+    (videos / "val.txt").write_text("short")
     command = [training, "--data", videos, "--out", tmp_path / "run", *SMALL, "--resume", "--iters"]
     for iterations in (1, 1, 2):
         assert run(*command, iterations) == 0
@@ -1179,7 +1181,6 @@ def test_the_same_command_begins_and_continues_a_run(videos, tmp_path, run, caps
                            (["--no-sar"], 'Unexpected key(s) in state_dict: "aggregation.g4'),
                            (["--dataset", "vspw"], "--dataset: the run in"),
                            (["--first-label", 0], "--first-label: the run in"),
-                           (["--positive-kernels"], "has False and can't change to True"),
                            (["--pretrained", "x.pth"], "has None and can't change to x.pth")):
         assert run(*command, 2, *other) == 2
         assert message in (error := capsys.readouterr().err) and str(tmp_path / "run") in error
@@ -1296,6 +1297,7 @@ def test_evaluation_takes_other_references_and_tokens(tmp_path, monkeypatch):
 
 
 def test_training_starts_from_released_and_own_weights(videos, tmp_path, run, capsys):
+    (videos / "val.txt").write_text("short")
     released_arguments(tmp_path, classes=5)
 
     def start(name: str, *more) -> dict[str, torch.Tensor]:
@@ -1470,7 +1472,6 @@ def start(script: str, args: list, told: Path | None, group: dict, accident: str
         "signal": (training, "loss_of", lambda: stop_all(2 if group else 1)),   # torchrun repeats
         "spoilt clip": (training, "loss_of", lambda: fail(InputError("a frame is spoilt"))),
         "spoilt frame": (data, "read_frame", lambda: fail(InputError("a frame is spoilt"))),
-        "out of memory": (training, "loss_of", lambda: fail(MemoryError())),
         "killed": (training, "loss_of", die),
         "killed in writing": (Path, "replace", die),    # a checkpoint, before it gets its name
         "killed in evaluation": (evaluation, "decode_mask", die),
@@ -1521,7 +1522,7 @@ def processes(count: int, script: str, *args, told: Path | None = None, accident
 
 
 def test_a_training_is_the_same_on_any_number_of_processes(videos, tmp_path, run):
-    (videos / "val.txt").write_text("a\nv\nb")
+    (videos / "val.txt").write_text("a\nb")
     args = ["train.py", "--model", "segformer_b0", "--data", videos, "--iters", 3, *SMALL,
             "--lr", 1e-3, "--out"]
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
@@ -1582,7 +1583,6 @@ def test_only_exchanges_that_wait_for_an_evaluation_may_take_hours(monkeypatch):
 
 @pytest.mark.parametrize("accident, codes, message", [
     ("spoilt clip", {2}, "train.py: a frame is spoilt"),
-    ("out of memory", {2}, "train.py: out of memory"),
     ("killed", {-signal.SIGKILL, 2}, "lost contact with another process"),
 ])
 def test_a_failing_process_says_why_and_ends_the_others(accident, codes, message, videos, tmp_path,
@@ -1594,6 +1594,7 @@ def test_a_failing_process_says_why_and_ends_the_others(accident, codes, message
 
 
 def test_killed_training_goes_on_as_if_nothing_had_been(videos, tmp_path, run):
+    (videos / "val.txt").write_text("a")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     args = ["--model", "segformer_b0", "--data", videos, "--iters", 4, "--save-every", 1, *SMALL,
             "--eval-every", 2, "--out"]
@@ -1749,7 +1750,6 @@ def test_bad_data_is_one_line_that_names_it(spoil, message, videos, tmp_path, ru
     (training, "--keep-ratio 1.5", "argument --keep-ratio: 1.5 must lie in 0.01 ... 1"),
     (training, "--lr nan", "argument --lr: nan must lie in 0 ... "),
     (training, "--crop 64.5 64", "argument --crop: invalid number value: '64.5'"),
-    (training, "--scale-range 0.001 1", "argument --scale-range: 0.001 must lie in 0.1 ... "),
     (training, "--batch-size 5 --accumulate 2", "multiple of 1 processes x --accumulate 2"),
     (training, "--data {videos} --dilation 3 2 1 --pretrained none.pth", "none.pth"),
     (evaluation, "--checkpoint none.pt", "--data DIR is missing"),
