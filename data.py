@@ -5,7 +5,7 @@ The VSPW layout, also for your own videos:
 
     DIR/train.txt, val.txt          one video name per line
     DIR/classes.txt                 one class name per line (optional for VSPW itself)
-    DIR/data/<video>/origin/*.jpg   frames, ordered by the numbers in their names (.png is fine)
+    DIR/data/<video>/origin/*.jpg   frames, in the order of their numbers (or .png)
     DIR/data/<video>/mask/*.png     label maps: 0 or 255 = ignored, 1 ... K = classes 0 ... K-1
                                     (with first_label = 0: 0 ... K-1, and 255 = ignored)
 
@@ -53,8 +53,8 @@ CITYSCAPES_FRAME_SIZE = (1024, 512)
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CROP_TRIES = 10          # random crops to try until one passes MAX_CLASS_SHARE
-MAX_CLASS_SHARE = 0.75   # largest share of a crop's labelled pixels for one class
-BRIGHTNESS = 32          # colour distortion: largest shift, in grey levels of 255
+MAX_CLASS_SHARE = 0.75   # largest share of one class in a crop's labels
+BRIGHTNESS = 32          # colour distortion: largest shift, of 255
 CONTRAST = (0.5, 1.5)    # colour distortion: range of the factor
 SATURATION = (0.5, 1.5)  # colour distortion: range of the factor
 HUE = 18 / 180           # colour distortion: largest shift on the colour circle
@@ -113,7 +113,7 @@ def is_cityscapes(root: Path) -> bool:
 
 
 def read_classes(root: Path, default: Sequence[str] = ()) -> list[str]:
-    """The class names of a data folder in label order; `default` if there is no classes.txt."""
+    """The class names of a data folder, or `default` if there is no classes.txt."""
     if not root.is_dir():
         raise InputError(f"{root}: no such data folder")
     if is_cityscapes(root):
@@ -164,7 +164,7 @@ def read_split(root: Path, split: str, offsets: Sequence[int] = (), sparse: bool
 
 
 def read_video(folder: Path, name: str, sparse: bool, first_label: int) -> Video:
-    """One video of the VSPW layout. Every image in mask/ must be a PNG with a frame's name."""
+    """A video of the VSPW layout. Images in mask/ must be PNGs with a frame's name."""
     frames = list_frames(folder / "origin")
     present = images_in(folder / "mask")
     by_name = {path.stem: path for path in present if path.suffix.lower() == ".png"}
@@ -210,7 +210,7 @@ def read_cityscapes(root: Path, split: str, offsets: Sequence[int], training: bo
 
 
 def number_order(path: Path, number: str = r"\d+") -> tuple:
-    """A sort key for files: by the numbers in their names, frame_9 before frame_10."""
+    """A sort key: the numbers in a file's name, so that 9 comes before 10."""
     parts = re.split(f"({number})", path.stem)  # text and numbers in turns
     for i in range(1, len(parts), 2):
         parts[i] = float(parts[i])
@@ -218,7 +218,7 @@ def number_order(path: Path, number: str = r"\d+") -> tuple:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The files in a folder that have the suffix of an image, without hidden ones."""
+    """The images in a folder, by their suffixes, without hidden files."""
     suffixes = Image.registered_extensions()
     return [path for path in Path(folder).iterdir()
             if path.suffix.lower() in suffixes and not path.name.startswith(".")]
@@ -279,14 +279,14 @@ def read_frames(paths: Iterable[Path]) -> Iterator[Image.Image]:
 def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool]:
     """Read a mask of the given (width, height): a grey PNG's values, or a palette PNG's indices.
 
-    Editors and optimisers renumber a palette. So a mask in the colours of `coloured` is read by
-    these. Returns the values, and whether they were read by colours: then they count from 0.
+    Editors renumber palettes. So a mask in the colours of `coloured` is read by these. Returns
+    the values, and whether they were read by colours: then they count from 0.
     """
     image = read_image(path)
     with open(path, "rb") as file:
         header = file.read(25)
     if not header.startswith(PNG_SIGNATURE):
-        raise InputError(f"{path}: is not a PNG inside; other formats change a mask's values")
+        raise InputError(f"{path}: is not a PNG inside; other formats change values")
     if image.mode not in ("1", "L", "P") or image.size != size:
         raise InputError(f"{path}: {image.size} in mode {image.mode}; a mask has its frame's size, "
                          f"here {size}, and is a grey or palette PNG of 8 bits")
@@ -324,7 +324,7 @@ def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label
         values = range(first_label, first_label + num_classes)
         if first_label and is_prediction:
             raise InputError(f"{path}: has the colours of a predicted mask, which counts from 0, "
-                             "but label maps count from 1 here (--first-label 0 reads both)")
+                             "not from 1 as label maps here (--first-label 0 reads both)")
     highest = np.flatnonzero(image.histogram()[:IGNORE]).max(initial=0)
     if highest > max(values):
         raise InputError(f"{path}: label {highest}, but there are {num_classes} classes")
@@ -382,7 +382,7 @@ PALETTE_INDEX = {tuple(PALETTE[3 * k:3 * k + 3]): k for k in range(256)}
 
 
 def coloured(mask: np.ndarray) -> Image.Image:
-    """Classes (H, W) uint8 as a palette image, pixel = class; 255, ignored, is black."""
+    """Classes (H, W) uint8 as a palette image; 255, ignored, is black."""
     image = Image.fromarray(mask)
     image.putpalette(PALETTE)
     return image
@@ -545,7 +545,7 @@ def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Imag
 
 
 def table_of(values: np.ndarray) -> list[int]:
-    """What the grey levels 0 ... 255 become, as a look-up table for `Image.point`."""
+    """A look-up table for `Image.point`: what the levels 0 ... 255 become."""
     return values.clip(0, 255).round().astype(int).tolist()
 
 
@@ -566,7 +566,7 @@ BAD_MOMENTS = ("dark", "bright", "noisy", "glare", "shaken")
 
 
 def write_synthetic(root: Path):
-    """Make the data set of synthetic videos in the VSPW layout: all of it, or nothing.
+    """Make the synthetic videos in the VSPW layout: all of them, or nothing.
 
     Coloured objects move in front of a background; the texture of an object is its class. In
     bursts of three frames the textures are gone. The class can then only be seen 3, 6 and 9 frames
@@ -579,9 +579,10 @@ def write_synthetic(root: Path):
             names = [f"{split}_{i:03d}" for i in range(count)]
             for i, name in enumerate(progress(iterable=names, desc=f"making {root}", unit="video")):
                 rng = np.random.default_rng((0, number, i))
+                video = made / "data" / name
                 for t, (frame, labels) in enumerate(synthetic_video(rng)):
-                    write_image(frame, made / "data" / name / "origin" / f"{t:05d}.jpg", quality=92)
-                    write_image(labels, made / "data" / name / "mask" / f"{t:05d}.png")
+                    write_image(frame, video / f"origin/{t:05d}.jpg", quality=92)
+                    write_image(labels, video / f"mask/{t:05d}.png")
             write_whole(made / f"{split}.txt", ("\n".join(names) + "\n").encode())
         write_whole(made / "classes.txt", ("\n".join(SYNTHETIC_CLASSES) + "\n").encode())
         made.rename(root)
@@ -719,7 +720,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that shows defaults, and whose errors are one line on stderr, with exit code 2."""
+    """argparse that shows defaults. Errors are one line on stderr, with exit code 2."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=HelpFormatter)
@@ -746,8 +747,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser):
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
     add = parser.add_argument_group("both scripts (in eval.py: as in training)").add_argument
-    add("--data", type=Path, metavar="DIR", help="data folder; train.py can make one")
-    add("--labels", choices=("dense", "sparse"), help="sparse: allow frames without masks")
+    add("--data", type=Path, metavar="DIR",
+        help="data folder; train.py can make one")
+    add("--labels", choices=("dense", "sparse"),
+        help="sparse: allow frames without masks")
     add("--first-label", type=int, choices=(0, 1),
         help="value of the first class in label maps; with 1, 0 is ignored")
     add("--dilation", dest="offsets", type=between(1), nargs="+", metavar="N",
@@ -756,7 +759,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser):
         help="share of the tokens that STM keeps (by default the paper's); 1 for all")
     add("--frame-size", type=between(1), nargs=2, metavar=("LONG", "SHORT"),
         help="scale frames to fit this")
-    add("--device", choices=devices, default=devices[0], help="where the network runs")
+    add("--device", choices=devices, default=devices[0],
+        help="where the network runs")
     add("--amp", choices=["bf16", "none"], default="none",
         help="mixed precision: bf16 is faster and a little less exact")
 
@@ -888,8 +892,8 @@ def say(text: str):
 @torch.no_grad()
 def decode_mask(logits: Tensor, network_size: Sequence[int], frame_size: Sequence[int]) -> Tensor:
     """The same as `interpolate_and_decode`, on CPUs many times as fast. Bilinear weights are not
-    negative, and the same for all classes. So a class that is the largest at all positions that a
-    pixel reads from is the pixel's class."""
+    negative, and the same for all classes. So a class that is the largest at all positions that
+    a pixel reads is the pixel's class."""
     if logits.device.type != "cpu":
         return interpolate_and_decode(logits, network_size, frame_size)
     h, w = logits.shape[1:]

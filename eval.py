@@ -314,8 +314,7 @@ def parse_args() -> argparse.Namespace:
     add("--pictures", type=Path, metavar="DIR",
         help=f"new folder for animations of the first {PICTURED_VIDEOS} videos")
     add("--explain", nargs=4, metavar=("VIDEO", "FRAME", "X", "Y"),
-        help="draw into --pictures what a pixel reads from its references; "
-             "frames count from 0")
+        help="draw into --pictures what a pixel reads from its references; frames from 0 on")
     add("--json", type=Path, metavar="FILE", help="new file for the metrics")
     add("--per-class", action="store_true", help="also print the IoU of each class")
     add("--single-frames", action="store_true",
@@ -371,9 +370,8 @@ def run(args: argparse.Namespace):
     else:
         offsets = config.get("offsets", ())
         sparse = (args.labels or config.get("labels")) == "sparse"
-        first_label = args.first_label
-        if first_label is None:
-            first_label = config.get("first_label", 1)
+        trained_with = config.get("first_label", 1)
+        first_label = trained_with if args.first_label is None else args.first_label
         videos = read_split(args.data, args.split, offsets, sparse, first_label)
         check_labels(videos, classes, args.split)
     results = evaluate(methods, videos, classes, args.save, args.overlay, args.pictures)
@@ -581,10 +579,8 @@ def heat_panel(values: Tensor, over: Image.Image, title: str) -> Image.Image:
     low, high = known.min(), known.max()
     share = (values - low) / (high - low).clamp(min=1e-12)
     colours = torch.stack([share, 1 - 2 * (share - 0.5).abs(), 1 - share], dim=-1)
-    colours = colours.nan_to_num(0.2)
-    image = Image.fromarray((255 * colours).round().byte().numpy())
-    image = image.resize(over.size, Image.Resampling.NEAREST)
-    image = Image.blend(over, image, 0.6)
+    image = Image.fromarray((255 * colours.nan_to_num(0.2)).round().byte().numpy())
+    image = Image.blend(over, image.resize(over.size, Image.Resampling.NEAREST), 0.6)
     return panel(image, f"{title}   {low:.3g} ... {high:.3g}")
 
 
