@@ -54,10 +54,10 @@ FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CROP_TRIES = 10          # random crops to try until one passes MAX_CLASS_SHARE
 MAX_CLASS_SHARE = 0.75   # largest share of one class in a crop
-BRIGHTNESS = 32          # colour distortion: largest shift, of 255
-CONTRAST = (0.5, 1.5)    # colour distortion: range of the factor
-SATURATION = (0.5, 1.5)  # colour distortion: range of the factor
-HUE = 18 / 180           # colour distortion: largest shift on the colour circle
+BRIGHTNESS = 32          # distortion: largest shift, of 255
+CONTRAST = (0.5, 1.5)    # distortion: range of the factor
+SATURATION = (0.5, 1.5)  # distortion: range of the factor
+HUE = 18 / 180           # distortion: largest shift on the colour circle
 CHECKED_MASKS = 200      # masks per split that are checked before a run
 FREQUENT = 0.05          # label 0 looks like a class if it has this share of the pixels
 SPARSE_SHARE = 0.25      # decode single pixels up to this share of them, else the image
@@ -187,7 +187,7 @@ def read_cityscapes(root: Path, split: str, offsets: Sequence[int], training: bo
     labels: dict[str, Path] = {}
     folder = root / "gtFine" / split
     for path in sorted(folder.glob("*/*_gtFine_label*Ids.png"), key=number_order):
-        labels[path.name.partition("_gtFine")[0]] = path  # labelTrainIds win
+        labels[path.name.partition("_gtFine")[0]] = path  # labelTrainIds come last and win
     if not labels:
         raise InputError(f"{folder}: no <city>/*_gtFine_labelIds.png there")
     sequences = root / "leftImg8bit_sequence" / split
@@ -777,7 +777,7 @@ def run_script(main: Callable[[], None]):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, for instance by a service
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # if it can't show all
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # what it can't encode
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     code = 0

@@ -57,7 +57,7 @@ class SegmentationMetrics:
         self.consistencies = {n: [] for n in WINDOWS}  # a share for each window
 
     def update(self, labels, predictions):
-        """Add a whole video, integers (frames, H, W); labels can be 255. Or raise ValueError."""
+        """Add a whole video, integers (frames, H, W), 255 only in labels. Raises ValueError."""
         labels = self.as_bytes(labels, "labels")
         predictions = self.as_bytes(predictions, "predictions")
         if labels.shape != predictions.shape:
@@ -361,7 +361,7 @@ def run(args: argparse.Namespace):
     for path in (args.save, args.json, args.overlay, args.pictures):
         if path:
             refuse_to_overwrite(path)
-    gather(None)  # until all have seen this
+    gather(None)  # until all have seen that
     methods, config = prepare_methods(args)
     classes = config["classes"]
     if args.frames:

@@ -327,7 +327,7 @@ class MRCFA(nn.Module):
                 importance = token_importance(Q2 @ reference.key2.mT)   # (b, 1, N)
             kept = selective_token_masking(importance, self.keep_ratio)         # (b, m)
 
-            # The columns of these tokens (tokens last in memory). At finer scales only these.
+            # The columns of these tokens. At the finer scales SAR and MAA need no others.
             A4_tokens = self.to_reference_stride(A4_all, size4)         # (b, n_4, N)
             A4 = take_tokens(A4_tokens.mT, kept).mT.contiguous()        # (b, n_4, m)
             A3 = Q3 @ take_tokens(reference.key3, kept).mT              # (b, n_3, m)
