@@ -47,7 +47,7 @@ KEEP_RATIO_B0 = 0.8      # p of b0
 FRAME_LOSS_WEIGHT = 0.5  # weight of the per-frame loss; the clip loss has 1
 
 # The layers of SAR's and MAA's stacks (see TokenwiseConvs), as in the released code: (channels in,
-# channels out, kernel). Only b1 has two layers, and two channels per token in between.
+# channels out, kernel). Only b1 has two layers, and two channels per token between its stacks.
 STACKS = {
     "g4": [(1, 1, 3)],
     "g3": [(1, 1, 5)],
@@ -321,15 +321,15 @@ class MRCFA(nn.Module):
         with without_autocast(reference.value):
             # Cross-frame affinities A = Q K^T at the coarsest scale. By these STM ranks the tokens.
             A4_all = Q4 @ reference.key4.mT                             # (b, n_4, n_4 of the ref.)
-            if self.aggregation.aggregate:  # the importance is resized, as in the released code
+            if self.aggregation.aggregate:  # this is resized, not A^4, as in the released code
                 importance = self.to_reference_stride(token_importance(A4_all), size4)
             else:                           # nothing trains A^4 then; A^2 takes its place
                 importance = token_importance(Q2 @ reference.key2.mT)   # (b, 1, N)
             kept = selective_token_masking(importance, self.keep_ratio)         # (b, m)
 
             # The columns of these tokens. At the finer scales SAR and MAA need no others.
-            A4_tokens = self.to_reference_stride(A4_all, size4)         # (b, n_4, N)
-            A4 = take_tokens(A4_tokens.mT, kept).mT.contiguous()        # (b, n_4, m)
+            A4_resized = self.to_reference_stride(A4_all, size4)        # (b, n_4, N)
+            A4 = take_tokens(A4_resized.mT, kept).mT.contiguous()       # (b, n_4, m)
             A3 = Q3 @ take_tokens(reference.key3, kept).mT              # (b, n_3, m)
             A2 = Q2 @ take_tokens(reference.key2, kept).mT              # (b, n_2, m)
 
