@@ -125,6 +125,8 @@ def read_classes(root: Path, default: Sequence[str] = ()) -> list[str]:
     if not 2 <= len(classes) <= MAX_CLASSES:
         raise InputError(f"{path}: has {len(classes)} class names; give 2 to {MAX_CLASSES}, with "
                          "the background")
+    if len(set(classes)) < len(classes):
+        raise InputError(f"{path}: names a class twice")
     return classes
 
 
@@ -257,7 +259,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_frame(path: Path) -> Image.Image:
-    """Read a frame as RGB. Raises InputError if it has more than 8 bits per channel."""
+    """Read a frame as RGB. Raises InputError if it is grey with more than 8 bits per pixel."""
     image = read_image(path)
     if image.mode.startswith(("I", "F")):
         raise InputError(f"{path}: has more than 8 bits per channel (mode {image.mode}); convert "
@@ -296,7 +298,11 @@ def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool
         colours[:len(palette)] = palette
         used = np.flatnonzero(image.histogram())
         values = [PALETTE_INDEX.get(tuple(colour)) for colour in colours[used].tolist()]
-        if None not in values and min(values) < MAX_CLASSES:  # black and white could be anyone's
+        ours = [value for value in values if value is not None]
+        if min(ours, default=IGNORE) < MAX_CLASSES:  # black and white could be anyone's
+            if None in values:
+                raise InputError(f"{path}: has colours of predicted masks, and others; paint with "
+                                 "their colours only, without soft edges, or save a grey PNG")
             table = np.zeros(256, dtype=np.uint8)
             table[used] = values
             return Image.fromarray(table[np.array(image)]), True
@@ -439,7 +445,7 @@ class ClipDataset(torch.utils.data.Dataset):
         self.offsets = tuple(offsets)
         self.crop = crop  # height, width
         self.frame_size = frame_size
-        self.scale_range = scale_range
+        self.scale_range = sorted(scale_range)
         self.seed = seed
         self.sparse = any(None in video.masks for video in videos)
         directions = [self.possible_directions(video) for video in videos]

@@ -20,9 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, PALETTE,
-                  VSPW_CLASSES, WRONG, ArgumentParser, Video, add_shared_arguments, between,
-                  check_labels, check_same_classes, coloured, decode_mask, gather,
+from data import (CITYSCAPES_CLASSES, CITYSCAPES_FRAME_SIZE, FRAME_SIZE, IGNORE, MAX_CLASSES,
+                  PALETTE, VSPW_CLASSES, WRONG, ArgumentParser, Video, add_shared_arguments,
+                  between, check_labels, check_same_classes, coloured, decode_mask, gather,
                   join_processes, list_frames, network_input, progress, rank, read_classes,
                   read_frame, read_frames, read_index_map, read_labels, read_split,
                   refuse_to_overwrite, run_script, world_size, write_image)
@@ -323,7 +323,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, metavar="NAME",
         help="model in a released checkpoint: mrcfa_b0 ... segformer_b5")
-    add("--num-classes", type=between(1),
+    add("--num-classes", type=between(1, MAX_CLASSES),
         help="classes of a released checkpoint, or of the benchmark (default: 124)")
     add_shared_arguments(parser)
 

@@ -888,6 +888,11 @@ def test_predicted_masks_are_read_by_their_colours(tmp_path):
     assert np.array_equal(read_labels(tmp_path / "edited.png", (6, 4), 5, first_label=0), label)
     with pytest.raises(InputError, match="edited.png: has the colours of a predicted mask"):
         read_labels(tmp_path / "edited.png", (6, 4), 5, first_label=1)
+    other = edited.convert("RGB")
+    other.putpixel((5, 3), (255, 0, 0))         # and is saved with a palette of its own
+    other.quantize().save(tmp_path / "other.png")
+    with pytest.raises(InputError, match="other.png: has colours of predicted masks, and others"):
+        data.read_index_map(tmp_path / "other.png", (6, 4))
     black = Image.new("P", (6, 4), 0)           # and it alone tells nothing
     black.putpalette([0, 0, 0, 128, 0, 0])
     black.save(tmp_path / "black.png")
@@ -1184,7 +1189,9 @@ def test_the_same_command_begins_and_continues_a_run(videos, tmp_path, run, caps
                            (["--pretrained", "x.pth"], "has None and can't change to x.pth")):
         assert run(*command, 2, *other) == 2
         assert message in (error := capsys.readouterr().err) and str(tmp_path / "run") in error
-    assert run(*command, 1) == 0            # nothing is left to do
+    shutil.copytree(videos, tmp_path / "moved")
+    assert run(*command, 1, "--data", tmp_path / "moved") == 0      # nothing is left to do
+    assert f"was trained on {videos} so far, now {tmp_path}/moved" in capsys.readouterr().err
     assert saved(tmp_path / "run")["iteration"] == 2
 
 
@@ -1748,6 +1755,7 @@ def test_bad_data_is_one_line_that_names_it(spoil, message, videos, tmp_path, ru
     (training, "--data {videos} --crop 60 64", "multiples of 32"),
     (training, "--keep-ratio 1.5", "argument --keep-ratio: 1.5 must lie in 0.01 ... 1"),
     (training, "--lr nan", "argument --lr: nan must lie in 0 ... "),
+    (evaluation, "--num-classes 300", "argument --num-classes: 300 must lie in 1 ... 254"),
     (training, "--crop 64.5 64", "argument --crop: invalid number value: '64.5'"),
     (training, "--batch-size 5 --accumulate 2", "multiple of 1 processes x --accumulate 2"),
     (training, "--data {videos} --dilation 3 2 1 --pretrained none.pth", "none.pth"),
@@ -1779,7 +1787,8 @@ def test_other_class_names_and_a_single_class_are_said(videos, tmp_path, run, ca
     for names, message in (("car\nsky\nstreet", "give classes.txt and masks the checkpoint's"),
                            ("heaven\ncar\nstreet", "give classes.txt and masks"),
                            ("sky\nroad", "has 3 classes, but"),
-                           ("sky", "has 1 class names; give 2")):
+                           ("sky", "has 1 class names; give 2"),
+                           ("sky\nroad\nsky", "names a class twice")):
         (videos / "classes.txt").write_text(names)
         assert run(training, *resume) == 2
         assert message in capsys.readouterr().err

@@ -7,8 +7,8 @@
 
 The run's folder gets last.pt, best.pt (by mIoU), pictures, and log.jsonl with one object per line.
 The clips of an iteration and their augmentation depend only on the seed and the iteration; dropout
-also depends on the number of processes. So a run that was interrupted and resumed ends with the
-same weights, on a CPU bit for bit.
+also depends on the number of processes, as does BatchNorm on CPUs. So a run that was interrupted
+and resumed ends with the same weights, on a CPU bit for bit.
 """
 import argparse
 import io
@@ -389,7 +389,8 @@ def make_parser() -> ArgumentParser:
     add("--freeze-segformer", action="store_true",
         help="train only MRCFA's own layers, on the SegFormer of --pretrained")
     add("--positive-kernels", action=argparse.BooleanOptionalAction,
-        help="start SAR and MAA with positive kernels: not in the paper, but faster to learn")
+        help="start SAR and MAA, unless --pretrained has them, with positive kernels: not in the "
+             "paper, but faster to learn")
     add("--sar", dest="refine", action=argparse.BooleanOptionalAction, default=True,
         help="refine affinities with SAR")
     add("--maa", dest="aggregate", action=argparse.BooleanOptionalAction, default=True,
@@ -484,6 +485,9 @@ def prepare_data(args: argparse.Namespace, checkpoint: dict | None
     gather(None)                # until everything is there
     classes = read_classes(args.data, default=VSPW_CLASSES if args.dataset == "vspw" else ())
     if checkpoint:
+        before = checkpoint["config"]["data"]
+        if before != str(args.data):
+            say(f"warning: {args.out} was trained on {before} so far, now {args.data}")
         check_same_classes(args.classes, classes, args.out / "last.pt", args.data)
     args.classes = classes
     read = partial(read_split, args.data, offsets=args.offsets, sparse=args.labels == "sparse",
