@@ -1072,12 +1072,18 @@ def test_train_evaluate_save_and_score(model, videos, tmp_path, run, capsys):
 
 
 @pytest.mark.parametrize("model", ["mrcfa_b0", "segformer_b0"])
-def test_cityscapes_trains_and_evaluates_its_labelled_frames_alone(model, tmp_path, run, capsys):
+def test_cityscapes_trains_and_evaluates_its_labelled_frames_alone(model, tmp_path, run,
+                                                                   monkeypatch, capsys):
     root, out, masks = tmp_path / "cityscapes", tmp_path / "run", tmp_path / "masks"
     write_cityscapes(root)
+    segmented = []
+    monkeypatch.setattr(evaluation, "network_input",
+                        lambda *a: segmented.append(0) or network_input(*a))
     assert run(training, "--dataset", "cityscapes", "--data", root, "--model", model, "--out", out,
                "--iters", 3, "--batch-size", 2, "--workers", 0, "--crop", 64, 128,
                "--frame-size", 128, 64) == 0
+    three_times = {"mrcfa_b0": 3 * 8 + 8, "segformer_b0": 3 * 2}    # and once single frames
+    assert len(segmented) == three_times[model]
     config = saved(out)["config"]
     assert config["reference_stride"] == 16 and len(config["classes"]) == 19
     entry = log_of(out)[-1]

@@ -492,7 +492,8 @@ def prepare_data(args: argparse.Namespace, checkpoint: dict | None
     args.classes = classes
     read = partial(read_split, args.data, offsets=args.offsets, sparse=args.labels == "sparse",
                    first_label=args.first_label)
-    train, val = read("train", training=True), read("val")
+    train = read("train", training=True)
+    val = read("val") if args.model.startswith("mrcfa") else read("val", offsets=())
     check_labels(train, classes, "train")
     check_labels(val, classes, "val")
     clips = ClipDataset(train, len(classes), args.offsets, args.crop, args.frame_size,
