@@ -1182,7 +1182,8 @@ def test_learning_rate_warms_up_and_falls(monkeypatch):
 
 def test_the_same_command_begins_and_continues_a_run(videos, tmp_path, run, capsys):
     (videos / "val.txt").write_text("short")
-    command = [training, "--data", videos, "--out", tmp_path / "run", *SMALL, "--resume", "--iters"]
+    command = [training, "--data", videos, "--out", tmp_path / "run", *SMALL,
+               "--scale-range", 2, 0.5, "--resume", "--iters"]
     for iterations in (1, 1, 2):
         assert run(*command, iterations) == 0
     error = capsys.readouterr().err
