@@ -310,11 +310,10 @@ def read_index_map(path: Path, size: tuple[int, int]) -> tuple[Image.Image, bool
         if (palette == palette[:, :1]).all() and (palette != greys).any():
             raise InputError(f"{path}: its palette shows greys that are not the stored values; "
                              "save it as a grey PNG")
-    values = np.array(image, dtype=np.uint8)  # the indices of a palette image
-    bits = header[24]
-    if image.mode == "L" and bits < 8:  # Pillow stretches greys to 0 ... 255
-        values //= 255 // (2 ** bits - 1)
-    return Image.fromarray(values), False
+    elif header[24] < 8:
+        raise InputError(f"{path}: has fewer than 8 bits per pixel, in which some programs store "
+                         "255 as 1; save it as a grey PNG of 8 bits")
+    return Image.fromarray(np.array(image)), False  # without a palette: indices are values
 
 
 def read_labels(path: Path, size: tuple[int, int], num_classes: int, first_label: int = 1
@@ -749,12 +748,18 @@ def between(low: float, high: float = 1e9, kind: type = int) -> Callable[[str], 
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser):
-    """The arguments of both train.py and eval.py. By default eval.py takes those of training."""
+    """The arguments of both train.py and eval.py."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
-    add = parser.add_argument_group("both scripts (in eval.py: as in training)").add_argument
+    add = parser.add_argument_group("both scripts").add_argument
     add("--data", type=Path, metavar="DIR",
         help="data folder; train.py can make one")
+    add("--device", choices=devices, default=devices[0],
+        help="where the network runs")
+    add("--amp", choices=["bf16", "none"], default="none",
+        help="mixed precision: bf16 is faster and a little less exact")
+
+    add = parser.add_argument_group("both scripts (in eval.py: as in training)").add_argument
     add("--labels", choices=("dense", "sparse"),
         help="sparse: allow frames without masks")
     add("--first-label", type=int, choices=(0, 1),
@@ -765,10 +770,6 @@ def add_shared_arguments(parser: argparse.ArgumentParser):
         help="share of the tokens that STM keeps (by default the paper's); 1 for all")
     add("--frame-size", type=between(1), nargs=2, metavar=("LONG", "SHORT"),
         help="scale frames to fit this")
-    add("--device", choices=devices, default=devices[0],
-        help="where the network runs")
-    add("--amp", choices=["bf16", "none"], default="none",
-        help="mixed precision: bf16 is faster and a little less exact")
 
 
 def refuse_to_overwrite(path: Path, instead: str = "give another name"):

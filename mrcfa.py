@@ -143,7 +143,8 @@ class TokenwiseConvs(nn.Module):
             m = maps.shape[1] // conv.in_channels
             maps = F.conv2d(maps, conv.weight.repeat(m, 1, 1, 1), conv.bias.repeat(m),
                             padding=conv.padding, groups=m)
-            maps = F.group_norm(maps, m, norm.weight.repeat(m), norm.bias.repeat(m), norm.eps)
+            # Unlike torch.nn.functional's, this one takes maps of a single position.
+            maps = torch.group_norm(maps, m, norm.weight.repeat(m), norm.bias.repeat(m), norm.eps)
             maps = F.relu(maps, inplace=True)
         return maps
 

@@ -80,7 +80,7 @@ WARMUP_START = 1e-6  # share of the learning rate at the start of the warm-up
 MOST_LEFT_OUT = 10   # iterations in a row without a finite gradient that end a run
 NOT_SAVED = ("out", "resume", "device")  # arguments that a checkpoint's `config` leaves out
 # Arguments that a continued run would ignore or misread if they changed.
-FIXED = ("dataset", "first_label", "pretrained", "positive_kernels")
+FIXED = ("dataset", "first_label", "freeze_segformer", "pretrained", "positive_kernels")
 
 
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -487,7 +487,8 @@ def prepare_data(args: argparse.Namespace, checkpoint: dict | None
     if checkpoint:
         before = checkpoint["config"]["data"]
         if before != str(args.data):
-            say(f"warning: {args.out} was trained on {before} so far, now {args.data}")
+            say(f"warning: {args.out} was trained on {before} so far, now {args.data}; best.pt "
+                "has the best mIoU on either")
         check_same_classes(args.classes, classes, args.out / "last.pt", args.data)
     args.classes = classes
     read = partial(read_split, args.data, offsets=args.offsets, sparse=args.labels == "sparse",
